@@ -1,0 +1,1 @@
+"""A project whose release, boot and leaks the tests decide."""

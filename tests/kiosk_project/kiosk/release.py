@@ -1,0 +1,3 @@
+"""What a release changes; tests write this file anew."""
+
+NAME = "one"

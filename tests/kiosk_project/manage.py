@@ -1,0 +1,9 @@
+"""Manage the kiosk."""  # noqa: INP001
+
+import os
+import sys
+
+from django.core.management import execute_from_command_line
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "kiosk.settings")
+execute_from_command_line(sys.argv)
