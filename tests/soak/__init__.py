@@ -1,0 +1,1 @@
+"""A run that recycles workers under load and counts what clients notice."""
