@@ -461,6 +461,68 @@ def test_line_12_a_body_that_comes_after_its_refusal_is_not_the_next_request(ser
 
 
 EXPECT = b"Expect: 100-continue\r\n"
+#: Its handler answers without a look at the body.
+NATIVE = b"GET /native/ping/ HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [(b"Content-Length: 5\r\n", b"hello"), (CHUNKED, CHUNKS + b"\r\n")],
+    ids=["length", "chunked"],
+)
+def test_line_12_a_body_that_comes_after_its_answer_is_skipped(server, worker, header, body):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + header + b"\r\n")
+        answer = connection.read_response()
+        assert answer.status == 200
+        assert ("Connection", "close") not in answer.headers
+        connection.send(body)
+        connection.send(PING + b"\r\n")
+        assert connection.read_response().text == "pong"
+
+
+@pytest.mark.parametrize("header", [b"Content-Length: 5\r\n", CHUNKED])
+def test_line_12_a_body_that_never_comes_is_not_waited_for_long(server, worker, header):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + header + b"\r\n")
+        assert connection.read_response().status == 200
+        assert connection.recv_to_eof() == b""
+
+
+@pytest.mark.parametrize(
+    "header", [b"Content-Length: 1048577\r\n", EXPECT + b"Content-Length: 5\r\n"]
+)
+def test_line_12_an_answer_says_when_its_body_will_not_be_skipped(server, worker, header):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + header + b"\r\n")
+        answer = connection.read_response()
+        if answer.status == 100:  # aiohttp grants it before the handler is asked
+            answer = connection.read_response()
+        assert ("Connection", "close") in answer.headers
+        connection.send(SMUGGLED)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv_to_eof() == b""
+
+
+def test_line_12_no_more_than_a_mebibyte_is_skipped(server, worker):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + CHUNKED + b"\r\n")
+        assert connection.read_response().status == 200
+        with contextlib.suppress(OSError):  # it may be closed amid that
+            for _ in range(3):
+                connection.send(b"100000\r\n" + b"x" * MIB + b"\r\n")
+            connection.send(b"0\r\n\r\n" + PING + b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv_to_eof() == b""
+
+
+def test_line_12_a_fault_in_a_body_that_is_skipped_ends_the_connection(server, worker):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + CHUNKED + b"\r\n")
+        assert connection.read_response().status == 200
+        connection.send(b"Z\r\n" + SMUGGLED)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv_to_eof() == b""
 
 
 def test_line_12_a_fault_in_a_body_turns_none_of_it_into_requests(server, worker):

@@ -9,7 +9,8 @@ Rules:
 3. A client that takes nothing for ``write_timeout`` is cut off.
 4. After the last answer the connection is half-closed and read until the client
    closes its side (RFC 9112, section 9.6): a reset would destroy the answer.
-   What arrives in that time is thrown away.
+   What arrives in that time is thrown away. So is a short body that nobody has read, and
+   then the connection goes on.
 5. A client that closed its side first (a FIN after its request) is answered all
    the same. Over TLS there is no half-closed connection.
 6. What follows a malformed request is never parsed; what came before it is answered.
@@ -81,7 +82,8 @@ HALF_CLOSED_GRACE = 3.0
 held to have left altogether: the two look the same until something is written."""
 
 LINGER_SECONDS = 2.0
-"""Seconds that a closed connection is read until the client closes its side too."""
+"""Seconds that a closed connection is read until the client closes its side too, and that the
+rest of a body is waited for which nobody has read."""
 
 LINGER_BYTES = 1 << 20
 """Bytes that are thrown away in that time, at most."""
@@ -93,6 +95,12 @@ _NO_SHORT_WAY = ShortWay(cast("Any", None), ("",))
 _T = TypeVar("_T")
 
 _PAYLOAD_IS_GONE = web.PayloadAccessError()
+
+# What reading a body may raise; RuntimeError is aiohttp's where the connection is closed.
+_BROKEN_BODY = (
+    *(TimeoutError, ConnectionError, RuntimeError),
+    *(web.RequestPayloadError, http_exceptions.HttpProcessingError),
+)
 
 _VERSIONS = {HttpVersion10, HttpVersion11}
 
@@ -178,6 +186,15 @@ def _with_host_of_target(message: RawRequestMessage) -> RawRequestMessage:
         return message
     url = message.url.with_path("/", keep_query=True)
     return message._replace(path=f"{target}/{mark}{query}", url=url)
+
+
+def _is_short(request: web.BaseRequest) -> bool:
+    """Tell whether the rest of a body may be skipped; of a chunked one nobody knows yet.
+
+    A client that expects 100 (Continue) may send its body or leave it (RFC 9110, 10.1.1).
+    """
+    length = request.content_length
+    return (length is None or length <= LINGER_BYTES) and hdrs.EXPECT not in request.headers
 
 
 async def _answer_for_all(_: web.BaseRequest) -> web.StreamResponse:
@@ -371,7 +388,7 @@ class Connection(web.RequestHandler):
             front.answered()
             if front.after is not None:
                 front.after(request, response)
-            persists = response.keep_alive and payload.is_eof()
+            persists = response.keep_alive and (payload.is_eof() or await self._skip(payload))
             last = lost or not persists or payload is self._last_body
             if last and not lost and not self._upgraded:
                 await self._linger()
@@ -569,12 +586,25 @@ class Connection(web.RequestHandler):
             # What was buffered behind an upgrade that was declined is not watched.
             self._last_body = content
         ends = (self._front.leaving or self._half_closed) and not self._messages
-        last = ends or content is self._last_body or not content.is_eof()
-        # An unread body must not become the next request. A handler that returned nothing
-        # has no answer yet: aiohttp makes one.
+        # An unread body must not become the next request: what is short is skipped afterwards.
+        last = ends or content is self._last_body or not (content.is_eof() or _is_short(request))
+        # A handler that returned nothing has no answer yet: aiohttp makes one.
         if last and not getattr(resp, "prepared", True):
             resp.force_close()
         return super().finish_response(request, resp, start_time)
+
+    async def _skip(self, payload: StreamReader) -> bool:
+        """Throw away what is left of a body that nobody read; tell whether it has come to its end.
+
+        A client that sends head and body one after the other need not open a new connection
+        because it was answered in between.
+        """
+        left = LINGER_BYTES
+        with contextlib.suppress(*_BROKEN_BODY):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while left > 0 and (data := await payload.readany()):
+                    left -= len(data)
+        return payload.is_eof() and payload.exception() is None
 
     async def _linger(self) -> None:
         transport = self.transport
