@@ -390,6 +390,19 @@ def test_worker_int_is_called_for_a_quick_end(kiosk):
     assert server.wait(SOON) == 0
 
 
+def test_a_worker_that_is_told_to_leave_as_its_loop_begins_leaves_well(kiosk, tmp_path):
+    """uvloop cannot be closed where an exit came in its beginning; the log has no traceback."""
+    server = kiosk(
+        env={
+            "KIOSK_GUNICORN": '{"post_worker_init": "kiosk.hooks.told_as_its_loop_begins"}',
+            "KIOSK_TOLD": str(tmp_path / "told"),
+        }
+    )
+    server.wait_for_log(r"hook told pid=\d+", SOON)
+    assert server.get("/").status == 200
+    assert server.stop() == 0
+
+
 def test_hooks_of_plain_gunicorn_are_called(process, tmp_path):
     config = tmp_path / "gunicorn.conf.py"
     config.write_text("from kiosk.hooks import pre_request, post_request, post_fork\n")

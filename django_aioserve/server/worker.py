@@ -134,6 +134,8 @@ class RecyclingWorker(GunicornWebWorker):
             )
         require_aiohttp()
         config = self._overlay(app)
+        # An exit within the loop's own beginning would leave it half begun: it could not be closed.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         self.loop = _new_loop(config.loop)
         asyncio.set_event_loop(self.loop)
         try:
@@ -149,7 +151,10 @@ class RecyclingWorker(GunicornWebWorker):
         sys.exit(self.exit_code)
 
     def _watch_signals(self) -> None:
-        """Take signals on the loop from now on; SIGABRT comes when the loop is blocked."""
+        """Take signals on the loop from now on; SIGABRT comes when the loop is blocked.
+
+        `run` has held them back.
+        """
         for name, handler in (
             ("TERM", self.handle_exit),
             ("QUIT", self.handle_quit),
@@ -159,6 +164,7 @@ class RecyclingWorker(GunicornWebWorker):
         ):
             number = signal.Signals[f"SIG{name}"]
             self.loop.add_signal_handler(number, handler, number, None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
 
     async def _serve(self, app: web.Application, config: Config) -> None:
         self.front = front = Front(
