@@ -827,6 +827,35 @@ def test_caches_live_as_long_as_the_thread(site, bridge, kind):
     assert len({server.get(f"/{kind}cache/").body for _ in range(5)}) == 1
 
 
+KEEPING = [*MIDDLEWARE, "tests.django_project.middleware.Keeping"]
+
+
+@pytest.mark.parametrize("path", ["hello/", "hello/?use", "stream/", "file/"])
+def test_a_request_is_gone_with_its_response_without_the_collector(site, kind, path):
+    probe.go_on.set()
+    server = site(middleware=KEEPING)
+    gc.collect()
+    gc.disable()
+    try:
+        server.get(f"/{kind}{path}")
+        wait_until(lambda: probe.requests[0]() is None)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["", "user", "auser", "_messages"])
+def test_what_somebody_keeps_of_a_request_stays_whole(site, kind, name):
+    server = site(middleware=KEEPING, threads=1)
+    assert server.get(f"/{kind}hello/?keep={name}").body == b"hello"
+    server.get(f"/{kind}hello/")  # by the same thread, so that the first is done with
+    wait_until(lambda: probe.requests[1]() is None)
+    request = probe.requests[0]()
+    assert request is not None
+    assert probe.kept[0] is (getattr(request, name) if name else request)
+    assert request._messages.request is request
+    assert request.user.is_anonymous
+
+
 def test_a_spare_chain_keeps_nothing_of_its_request_alive(django_ready):
     from django_aioserve.bridge.home import Home
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+
 from asgiref.sync import async_to_sync, markcoroutinefunction
+from django.contrib import messages
 from django.db import transaction
 from django.http import HttpResponse
 from django.utils.decorators import sync_only_middleware
@@ -71,6 +74,19 @@ def in_a_transaction(get_response):
             return response
 
     return middleware
+
+
+class Keeping(MiddlewareMixin):
+    """Keeps of a request what its query names: the request itself ("") or an attribute."""
+
+    def process_request(self, request):
+        probe.requests.append(weakref.ref(request))
+        if "use" in request.GET:
+            assert request.user.is_anonymous
+            messages.info(request, "hello")
+        if "keep" in request.GET:
+            name = request.GET["keep"]
+            probe.kept.append(getattr(request, name) if name else request)
 
 
 class Holding(MiddlewareMixin):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextvars import ContextVar
+from typing import Any
 
 #: What happened, in order.
 events: list[str] = []
 
 #: The views of "/wait/" and "/hold/" go on when this is set.
 go_on = threading.Event()
+
+#: The requests that there were, and what somebody keeps of them.
+requests: list[weakref.ref[Any]] = []
+kept: list[Any] = []
 
 #: Set by middleware for the view to see, and the other way round.
 inward: ContextVar[str] = ContextVar("inward", default="")
@@ -32,4 +38,6 @@ def thread() -> str:
 def reset() -> None:
     """Forget everything; for the beginning of a test."""
     events.clear()
+    requests.clear()
+    kept.clear()
     go_on.clear()
