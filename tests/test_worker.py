@@ -338,6 +338,44 @@ def test_each_request_has_its_line_in_the_access_log(kiosk, tmp_path):
     assert lines[3].endswith(" 400")
 
 
+def collector(server: Runaio, query: str = "") -> tuple[int, int, int]:
+    """The collector's first threshold; the connections and the requests that it knows of."""
+    threshold, connections, requests = map(int, server.get(f"/collector/{query}").text.split())
+    return threshold, connections, requests
+
+
+def test_a_closed_connection_needs_no_collector(kiosk):
+    server = kiosk()
+    _, before, _ = collector(server, "?off")
+    for _ in range(5):
+        assert server.get("/").status == 200
+    # An answer is there before its connection is closed on both sides.
+    wait_until(lambda: collector(server)[1] <= before, SOON)
+
+
+def test_an_idle_connection_keeps_nothing_of_its_last_request(kiosk):
+    server = kiosk()
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            connection = stack.enter_context(server.connect())
+            connection.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.read_response().status == 200
+        _, connections, requests = collector(server)
+        assert connections >= 6
+        assert requests == 1
+
+
+def test_the_collector_is_spared_while_much_is_in_flight(kiosk):
+    server = kiosk("--threads=2", "--request-timeout=60")
+    usual, _, _ = collector(server)
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(server.connect())
+            connection.send(b"GET /slow-async/?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: collector(server)[0] >= max(usual, 20 * 200), SOON)
+    wait_until(lambda: collector(server)[0] == usual, SOON)
+
+
 def test_usr1_reopens_the_logs_of_arbiter_and_workers(kiosk, tmp_path):
     path = tmp_path / "access.log"
     server = kiosk(f"--access-log={path}", "--access-log-format=%(U)s")

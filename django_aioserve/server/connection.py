@@ -355,6 +355,10 @@ class Connection(web.RequestHandler):
                 self._waiter = loop.create_future()
                 try:
                     await self._waiter
+                except asyncio.CancelledError:
+                    if task.cancelling():
+                        raise
+                    return  # the connection is closed; an exception would leave a ring behind
                 finally:
                     self._waiter = None
             message, payload = self._take_message()
@@ -395,7 +399,12 @@ class Connection(web.RequestHandler):
             if last or self._close or self._force_close:
                 break
             payload.set_exception(_PAYLOAD_IS_GONE)
+            # Nothing of it is kept while the connection is idle.
+            del message, payload, writer, request, response
             self._expect_next(loop.time() + self._keepalive_timeout)
+        self._close_at_last()
+
+    def _close_at_last(self) -> None:
         if not self._force_close:
             self._task_handler = None
             if self.transport is not None:

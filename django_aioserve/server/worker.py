@@ -65,6 +65,10 @@ a signal to the whole group of processes reaches the arbiter too."""
 SAMPLE_REQUESTS, SAMPLE_SECONDS = 32, 0.05
 """Requests and seconds between two looks at the limits: a leak may outrun the heartbeat."""
 
+REQUEST_OBJECTS = 200
+"""Objects that the collector knows of, of one request in flight: the least of Django's have half
+as many."""
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 DEFAULT_LINE_SIZE = 8190
@@ -101,6 +105,7 @@ class RecyclingWorker(GunicornWebWorker):
         self._looked = math.inf  # not before it is ready
         self._rss_at_ready = 0
         self._reported = ""
+        self._gc_threshold = gc.get_threshold()
 
     def init_process(self) -> None:
         """Boot: Gunicorn's part of it. The loop is made in `run`, once the settings are known."""
@@ -233,6 +238,7 @@ class RecyclingWorker(GunicornWebWorker):
         # What was loaded stays: the collector need not visit it again and again.
         gc.collect()
         gc.freeze()
+        self._gc_threshold = gc.get_threshold()
         self.booted = True
         self.nr = 0
         self._ready = time.monotonic()
@@ -265,15 +271,29 @@ class RecyclingWorker(GunicornWebWorker):
         """Write this worker's figures to the scoreboard, and see whether a limit is reached."""
         sample = self._look()
         slot, front, pool = self.slot, self.front, self._pool
-        if slot is not None and front is not None:
+        if front is None:
+            return
+        in_flight = sum(not connection.idle for connection in front.connections)
+        self._spare_collector(in_flight)
+        if slot is not None:
             slot.add("requests", sample.requests - slot["served"])
             slot["served"] = sample.requests
             slot["rss"] = sample.rss
             slot["connections"] = len(front.connections)
-            slot["in_flight"] = sum(not connection.idle for connection in front.connections)
+            slot["in_flight"] = in_flight
             if pool is not None:
                 slot["threads"], slot["threads_busy"] = pool.size, pool.busy
                 slot["queued"] = pool.queued
+
+    def _spare_collector(self, in_flight: int) -> None:
+        """Have the garbage collector look when as much may be garbage as is in flight.
+
+        At a fixed count of objects it looks the more often the more is in flight, and finds
+        nothing: 256 requests that wait took a tenth of all processor time for it.
+        """
+        first, *others = self._gc_threshold
+        if first:  # else the project has switched it off
+            gc.set_threshold(max(first, in_flight * REQUEST_OBJECTS), *others)
 
     def _look(self) -> recycling.Sample:
         """See whether a limit is reached; give what was seen."""

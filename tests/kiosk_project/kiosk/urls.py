@@ -1,6 +1,7 @@
 """Pages of the kiosk."""
 
 import asyncio
+import gc
 import hashlib
 import os
 import sys
@@ -98,6 +99,16 @@ def leak(request):
     return index(request)
 
 
+def collector(request):
+    """The collector's first threshold, and of some objects how many it knows; `off` stops it."""
+    if "off" in request.GET:
+        gc.disable()
+    names = [type(each).__name__ for each in gc.get_objects()]
+    counts = [names.count(name) for name in ("Connection", "BaseRequest")]
+    text = " ".join(map(str, (gc.get_threshold()[0], *counts)))
+    return HttpResponse(text, content_type="text/plain")
+
+
 def exit_view(request):
     """sys.exit with `code`."""
     sys.exit(int(request.GET["code"]))
@@ -127,6 +138,7 @@ urlpatterns = [
     path("events/", events),
     path("events-sync/", events_sync),
     path("leak/", leak),
+    path("collector/", collector),
     path("exit/", exit_view),
     path("die/", die),
     path("raise/", raise_view),
