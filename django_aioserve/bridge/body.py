@@ -133,6 +133,7 @@ class _Reader:
         self._content = request.content
         self._limit = limit
         self._timeout = timeout
+        self._length = length
         self._room = MEMORY_LIMIT if length is None or length <= MEMORY_LIMIT else _BLOCK
         self._loop = asyncio.get_running_loop()
         self._file: IO[bytes] | None = None
@@ -149,7 +150,7 @@ class _Reader:
         chunks: list[bytes] = []
         size = held = 0
         async with asyncio.timeout(self._timeout) as clock:
-            while chunk := await self._content.readany():
+            while chunk := await self._next():
                 chunks.append(chunk)
                 held += len(chunk)
                 size += len(chunk)
@@ -165,6 +166,12 @@ class _Reader:
             return io.BytesIO(b"".join(chunks)), size
         await self._store(chunks, last=True)
         return self._file, size
+
+    async def _next(self) -> bytes:
+        if self._length is None:
+            return await self._content.readany()
+        # readany() would copy what it joins. Of a chunked body this gives each chunk by itself.
+        return (await self._content.readchunk())[0]
 
     async def _store(self, chunks: list[bytes], *, last: bool = False) -> None:
         try:
