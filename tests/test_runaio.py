@@ -25,7 +25,7 @@ from django.test import override_settings
 
 from django_aioserve.conf import OPTIONS, Boolean, Config
 from django_aioserve.exceptions import ConfigurationError
-from django_aioserve.server.launcher import AioserveApplication, Launch, is_there
+from django_aioserve.server.launcher import AioserveApplication, Launch, _malloc, is_there
 from django_aioserve.server.listeners import DEFAULT, Permissions, bind_sockets
 from django_aioserve.server.machine import machine_problems
 from tests.support import (
@@ -85,6 +85,7 @@ def about(request):
         "dev_mode": sys.flags.dev_mode,
         "warnings": sys.warnoptions,
         "threads": conf.resolve().threads,
+        "trim_threshold": os.environ.get("MALLOC_TRIM_THRESHOLD_"),
     })
 
 
@@ -1172,6 +1173,21 @@ def test_the_command_line_reaches_an_application_that_asks_for_its_settings(
     looked_at: dict[str, Any],
 ) -> None:
     assert looked_at["threads"] == 3
+
+
+def test_glibc_keeps_free_memory_unless_the_environment_says_otherwise(
+    looked_at: dict[str, Any], shop: Path, serving: Start
+) -> None:
+    assert 16 << 20 <= int(looked_at["trim_threshold"]) <= 64 << 20
+    server = serving(project=shop, env={"MALLOC_TRIM_THRESHOLD_": "131072"})
+    assert about(server)["trim_threshold"] == "131072"
+
+
+def test_many_workers_keep_less_free_memory_each() -> None:
+    def kept(workers: int) -> int:
+        return int(_malloc(Config(workers=workers))["MALLOC_TRIM_THRESHOLD_"])
+
+    assert kept(1024) == 16 << 20 <= kept(1) <= 64 << 20
 
 
 def test_the_launch_leaves_nothing_in_the_environment(looked_at: dict[str, Any]) -> None:

