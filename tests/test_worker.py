@@ -372,7 +372,7 @@ def test_the_collector_is_spared_while_much_is_in_flight(kiosk):
         for _ in range(20):
             connection = stack.enter_context(server.connect())
             connection.send(b"GET /slow-async/?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        wait_until(lambda: collector(server)[0] >= max(usual, 20 * 200), SOON)
+        wait_until(lambda: collector(server)[0] >= max(usual, 20 * 100), SOON)
     wait_until(lambda: collector(server)[0] == usual, SOON)
 
 

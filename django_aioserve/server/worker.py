@@ -65,9 +65,9 @@ a signal to the whole group of processes reaches the arbiter too."""
 SAMPLE_REQUESTS, SAMPLE_SECONDS = 32, 0.05
 """Requests and seconds between two looks at the limits: a leak may outrun the heartbeat."""
 
-REQUEST_OBJECTS = 200
-"""Objects that the collector knows of, of one request in flight: the least of Django's have half
-as many."""
+REQUEST_OBJECTS, MOST_OBJECTS = 100, 50_000
+"""Objects that the collector knows of, of one request in flight, with Django's usual middlewares;
+and of how many all together it takes no look at the most: streams may be in flight for hours."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -293,7 +293,8 @@ class RecyclingWorker(GunicornWebWorker):
         """
         first, *others = self._gc_threshold
         if first:  # else the project has switched it off
-            gc.set_threshold(max(first, in_flight * REQUEST_OBJECTS), *others)
+            spared = min(in_flight * REQUEST_OBJECTS, MOST_OBJECTS)
+            gc.set_threshold(max(first, spared), *others)
 
     def _look(self) -> recycling.Sample:
         """See whether a limit is reached; give what was seen."""
