@@ -177,6 +177,19 @@ def test_line_6_nobody_is_asked_for_a_body_that_is_malformed(server, worker, pat
     refused(server, request + b"5\r\nhello\r\nZ\r\n\r\n")
 
 
+def test_line_6_a_fault_is_noticed_at_once_by_who_waits_for_the_body(server, worker):
+    """The end of a chunk wakes the reader just before the fault does."""
+    for _ in range(5):
+        with server.connect() as connection:
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.send(post(b"Expect: 100-continue\r\n" + CHUNKED))
+            assert connection.read_response().status == 100
+            connection.send(b"5\r\nhello")
+            time.sleep(0.005)  # so that they are packets of their own
+            connection.send(b"\r\n0\r\n X: folded\r\n\r\n")
+            assert connection.read_response().status == 400
+
+
 def test_line_6_a_chunk_longer_than_its_size_is_refused(server, worker):
     refused(server, post(CHUNKED, b"5\r\nhello world\r\n0\r\n\r\n"))
 

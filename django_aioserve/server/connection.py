@@ -515,7 +515,10 @@ class Connection(web.RequestHandler):
         request = self._current_request
         if request is not None and not request.content.is_eof():
             # The fault is in the body that the handler waits for.
-            request.content.set_exception(web.RequestPayloadError(fault.message))
+            error = web.RequestPayloadError(fault.message)
+            request.content.set_exception(error)
+            # aiohttp's reader, once the end of a chunk has woken it, waits on without a look.
+            self._loop.call_soon(request.content.set_exception, error)
         for _, payload in self._messages:
             if not payload.is_eof():
                 payload.set_exception(web.RequestPayloadError(fault.message))
