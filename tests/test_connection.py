@@ -494,6 +494,29 @@ def test_line_12_a_body_that_comes_after_its_answer_is_skipped(server, worker, h
         assert connection.read_response().text == "pong"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [CHUNKS + b"\r\n", b"6\r\n\n0\r\n\r\n\r\n0\r\n\r\n", b"0\r\n\r\n"],
+    ids=["chunks", "what looks like an end", "none"],
+)
+def test_line_12_what_follows_a_body_that_is_skipped_is_answered(server, worker, body):
+    """The answer before it did not say that the connection would be closed."""
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + CHUNKED + b"\r\n")
+        assert connection.read_response().status == 200
+        connection.send(body + PING + b"\r\n")
+        assert connection.read_response().text == "pong"
+
+
+def test_line_12_trailers_behind_a_body_that_is_skipped_are_no_headers(server, worker):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + CHUNKED + b"\r\n")
+        assert connection.read_response().status == 200
+        connection.send(CHUNKS + b"X-Leak: 10\r\n\r\nGET /echo/ HTTP/1.1\r\n" + HOST + b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv_to_eof() == b""
+
+
 @pytest.mark.parametrize("header", [b"Content-Length: 5\r\n", CHUNKED])
 def test_line_12_a_body_that_never_comes_is_not_waited_for_long(server, worker, header):
     with server.connect() as connection:

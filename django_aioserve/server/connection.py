@@ -89,6 +89,11 @@ LINGER_BYTES = 1 << 20
 """Bytes that are thrown away in that time, at most."""
 
 
+FALSE_ENDS = 8
+"""How often the content of a packet may look like the end of its body; behind more of them nothing
+is answered."""
+
+
 # No path is plain where every path begins like another's.
 _NO_SHORT_WAY = ShortWay(cast("Any", None), ("",))
 
@@ -442,6 +447,8 @@ class Connection(web.RequestHandler):
     # ------------------------------------------------------------------ reading
 
     def data_received(self, data: bytes) -> None:
+        if self._open_body is not None:
+            data = self._receive_ends(data)
         if self._discarded is not None:
             self._discard(data)
             return
@@ -469,6 +476,22 @@ class Connection(web.RequestHandler):
                 self._header_timer = self._loop.call_later(
                     self._front.limits.header_timeout, self._header_late
                 )
+
+    def _receive_ends(self, data: bytes) -> bytes:
+        """Receive ``data`` up to where the open body may end without trailers; give the rest.
+
+        The answer may have left already: what follows such an end shall be answered, too.
+        """
+        length = len(_NO_TRAILERS)
+        for _ in range(FALSE_ENDS):
+            known = len(self._tail)
+            found = (self._tail + data).find(_NO_TRAILERS, max(known - length + 1, 0))
+            end = found + length - known
+            if self._open_body is None or found < 0 or end == len(data):
+                break
+            self.data_received(data[:end])
+            data = data[end:]
+        return data
 
     def _watch_trailers(self, data: bytes, queued: int) -> None:
         """Let a request be the connection's last if its body may have ended with trailers.
