@@ -610,6 +610,61 @@ def test_a_malformed_request_behind_one_that_runs_is_refused_after_its_answer(se
     assert statuses(answer) == [200, 400]
 
 
+UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade\r\n"
+HANDSHAKE = b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+
+
+@pytest.mark.parametrize("path", [b"/ping/", b"/native/ping/"])
+def test_a_request_behind_a_declined_upgrade_is_answered_or_told_of_the_end(server, worker, path):
+    """aiohttp's parser forgets what follows such a request in the same data."""
+    request = b"GET " + path + b" HTTP/1.1\r\n" + HOST + UPGRADE + b"\r\n"
+    answer = raw(server.address, PING + b"\r\n" + request + PING + CLOSE + b"\r\n")
+    assert statuses(answer) in ([200] * 2, [200] * 3)
+    assert answer.count(b"\r\nConnection: close\r\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "body"), [(b"", b""), (b"Content-Length: 5\r\n", b"hello")], ids=["", "body"]
+)
+def test_what_is_left_of_a_request_behind_a_declined_upgrade_is_none(server, worker, header, body):
+    """It would be what a client had sent as the content of its request."""
+    cut = b"POST /echo/ HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED)
+    with server.connect() as connection:
+        connection.send(post(UPGRADE + header, body + cut))
+        assert connection.read_response().status == 200
+        with contextlib.suppress(OSError):
+            connection.send(SMUGGLED)
+        with contextlib.suppress(ConnectionResetError):
+            assert 500 not in statuses(connection.recv_to_eof())
+
+
+def test_a_connection_outlives_a_declined_upgrade_that_came_alone(server, worker):
+    with server.connect() as connection:
+        for _ in range(2):
+            connection.send(PING + UPGRADE + b"\r\n")
+            answer = connection.read_response()
+            assert answer.status == 200
+            assert ("Connection", "close") not in answer.headers
+
+
+def test_a_body_that_comes_after_the_refusal_of_its_handshake_ends_the_connection(server, worker):
+    """What follows it would be taken for WebSocket frames that nobody reads."""
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + HANDSHAKE + b"Content-Length: 5\r\n\r\n")
+        assert connection.read_response().status == 426
+        with contextlib.suppress(OSError):
+            connection.send(b"hello" + PING + b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv_to_eof() == b""
+
+
+def test_what_came_before_a_declined_handshake_is_answered(server, worker):
+    handshake = PING + HANDSHAKE + b"\r\n"
+    answer = raw(server.address, PING + b"\r\n" + handshake + PING + CLOSE + b"\r\n")
+    assert statuses(answer)[0] == 200
+    assert len(statuses(answer)) > 1
+
+
 # --- limits in size -----------------------------------------------------------------------
 
 

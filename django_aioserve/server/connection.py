@@ -454,7 +454,8 @@ class Connection(web.RequestHandler):
             return
         messages = self._messages
         queued = len(messages)
-        if queued or (self._waiter is None and self._request_count):
+        amid = queued > 0 or (self._waiter is None and self._request_count > 0)
+        if amid:
             self._amid = True
         super().data_received(data)
         if messages:
@@ -465,6 +466,8 @@ class Connection(web.RequestHandler):
             if isinstance(message, _ErrInfo):
                 self._malformed(data)
             else:
+                if message.upgrade and not self._upgraded and len(messages) > queued:
+                    self._decline_upgrade(b"" if amid else b"".join((*self._begun, data)))
                 self._begun.clear()
                 if self._open_body is not None or message.chunked or len(messages) > queued + 1:
                     self._watch_trailers(data, queued)
@@ -517,6 +520,19 @@ class Connection(web.RequestHandler):
                 ends = position == len(arrived) and not self._buffer_paused
                 if not ends or self._tail != _NO_TRAILERS:
                     self._last_body = body
+
+    def _decline_upgrade(self, arrived: bytes) -> None:
+        """Let a request for another protocol be the last, unless it is all that has ``arrived``.
+
+        aiohttp's parser forgets what follows such a request in the same data; after the
+        body of a WebSocket's handshake it reads nothing more as a request.
+        """
+        message, payload = self._messages[-1]
+        # What begins with the end of a line may be the rest of another head.
+        alone = arrived[:1] not in b"\r\n" and arrived.find(b"\r\n\r\n") == len(arrived) - 4
+        if not (alone and payload is EMPTY_PAYLOAD):
+            message = cast("RawRequestMessage", message)._replace(should_close=True)
+            self._messages[-1] = message, payload
 
     def _header_late(self) -> None:
         transport = self.transport
@@ -617,7 +633,7 @@ class Connection(web.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         content = request.content
-        if self._upgraded and self._message_tail:
+        if self._upgraded and self._message_tail and not self._messages:
             # What was buffered behind an upgrade that was declined is not watched.
             self._last_body = content
         ends = (self._front.leaving or self._half_closed) and not self._messages
