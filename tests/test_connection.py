@@ -561,6 +561,20 @@ def test_line_12_a_fault_in_a_body_that_is_skipped_ends_the_connection(server, w
             assert connection.recv_to_eof() == b""
 
 
+@pytest.mark.parametrize("end", [b"Z\r\n", None], ids=["fault", "FIN"])
+def test_line_12_a_body_that_cannot_be_skipped_ends_the_connection_at_once(server, worker, end):
+    with server.connect() as connection:
+        connection.send(NATIVE + HOST + CHUNKED + b"\r\n")
+        assert connection.read_response().status == 200
+        began = time.monotonic()
+        if end is None:
+            connection.socket.shutdown(socket.SHUT_WR)
+        else:
+            connection.send(end)
+        assert connection.at_eof()
+    assert time.monotonic() - began < connection_module.LINGER_SECONDS / 2
+
+
 def test_line_12_a_fault_in_a_body_turns_none_of_it_into_requests(server, worker):
     """The second packet looks like a request and is the content of a chunk."""
     with server.connect() as connection:

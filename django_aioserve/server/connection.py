@@ -254,6 +254,7 @@ class Connection(web.RequestHandler):
     __slots__ = (
         "_amid",
         "_begun",
+        "_body",
         "_discarded",
         "_front",
         "_half_closed",
@@ -278,6 +279,8 @@ class Connection(web.RequestHandler):
         )
         self._front = front
         self._half_closed = False
+        # The body of the request that was taken last: read, waited for or skipped.
+        self._body = EMPTY_PAYLOAD
         # The chunked body that is arriving, the last bytes of it, and the first one that
         # may have ended with trailers.
         self._open_body: StreamReader | None = None
@@ -329,8 +332,7 @@ class Connection(web.RequestHandler):
         return True
 
     def _body_missing(self) -> bool:
-        request = self._current_request
-        if request is not None and not request.content.is_eof():
+        if not self._body.is_eof():
             return True
         return any(not payload.is_eof() for _, payload in self._messages)
 
@@ -417,6 +419,7 @@ class Connection(web.RequestHandler):
 
     def _take_message(self) -> tuple[RawRequestMessage | _ErrInfo, StreamReader]:
         message, payload = self._messages.popleft()
+        self._body = payload
         if self._parser is not None:
             self._parser.message_consumed()
         if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
@@ -551,13 +554,12 @@ class Connection(web.RequestHandler):
         """Answer what came before the fault; see that nothing after it is read."""
         self._discarded = 0
         fault = cast("_ErrInfo", self._messages.pop()[0])
-        request = self._current_request
-        if request is not None and not request.content.is_eof():
+        if not self._body.is_eof():
             # The fault is in the body that the handler waits for.
             error = web.RequestPayloadError(fault.message)
-            request.content.set_exception(error)
+            self._body.set_exception(error)
             # aiohttp's reader, once the end of a chunk has woken it, waits on without a look.
-            self._loop.call_soon(request.content.set_exception, error)
+            self._loop.call_soon(self._body.set_exception, error)
         for _, payload in self._messages:
             if not payload.is_eof():
                 payload.set_exception(web.RequestPayloadError(fault.message))
