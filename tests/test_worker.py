@@ -550,6 +550,20 @@ def test_a_leaving_worker_says_so_with_every_answer(kiosk):
             assert connection.at_eof()
 
 
+def test_a_body_that_is_skipped_as_its_worker_leaves_is_not_waited_for_twice(runaio):
+    server = runaio("--linger=0", "--graceful-timeout=20")
+    with server.connect() as connection:
+        connection.send(
+            b"GET /native/ping/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
+        )
+        assert connection.read_response().status == 200
+        server.process.terminate()
+        wait_until(lambda: _is_closed(server), SOON)
+        connection.send(b"hello")
+        assert connection.at_eof()
+    assert server.wait(10) == 0
+
+
 def _is_closed(server: Runaio) -> bool:
     try:
         server.connect().close()

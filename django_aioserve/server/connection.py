@@ -657,6 +657,7 @@ class Connection(web.RequestHandler):
             async with asyncio.timeout(LINGER_SECONDS):
                 while left > 0 and (data := await payload.readany()):
                     left -= len(data)
+        self._front.changed.set()
         return payload.is_eof() and payload.exception() is None
 
     async def _linger(self) -> None:
