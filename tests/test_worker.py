@@ -6,8 +6,10 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from django_aioserve.server.connection import LINGER_SECONDS
+from django_aioserve.server.drain import CLOSING_SECONDS
 from tests.load import Habit, Load, Tally, mixture
 from tests.processes import ENVIRONMENT, KIOSK, SOON, Process, events, gunicorn
 from tests.support import Runaio, is_alive, raw, wait_until
@@ -548,6 +552,38 @@ def test_a_leaving_worker_says_so_with_every_answer(kiosk):
             answer = connection.request("GET", target)
             assert (target, answer.header("Connection")) == (target, "close")
             assert connection.at_eof()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_end_of_an_answer_over_tls_is_told_at_once(kiosk, certificate, loop):
+    """The body of an HTTP/1.0 stream has no other end than that of the connection."""
+    server = kiosk(f"--certfile={certificate}/cert.pem", f"--loop={loop}")
+    with _over_tls(server, certificate) as sock:
+        sock.sendall(b"GET /stream/ HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        began = time.monotonic()
+        while sock.recv(65536):
+            pass
+    assert time.monotonic() - began < LINGER_SECONDS / 2
+
+
+def test_idle_connections_over_tls_are_told_of_the_end_before_the_worker_ends(kiosk, certificate):
+    server = kiosk(f"--certfile={certificate}/cert.pem", "--linger=0")
+    with _over_tls(server, certificate) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert sock.recv(65536)
+        server.process.terminate()
+        while sock.recv(65536):
+            pass
+    server.wait()
+    (event,) = events(server)
+    assert event["drain"] < CLOSING_SECONDS
+
+
+def _over_tls(server: Runaio, certificate: Path) -> ssl.SSLSocket:
+    context = ssl.create_default_context(cafile=certificate / "cert.pem")
+    sock = socket.create_connection((server.host, server.port), SOON)
+    # A connection that ends without TLS's own message is an error here.
+    return context.wrap_socket(sock, server_hostname="localhost", suppress_ragged_eofs=False)
 
 
 def test_a_body_that_is_skipped_as_its_worker_leaves_is_not_waited_for_twice(runaio):

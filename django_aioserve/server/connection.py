@@ -402,7 +402,7 @@ class Connection(web.RequestHandler):
             persists = response.keep_alive and (payload.is_eof() or await self._skip(payload))
             last = lost or not persists or payload is self._last_body
             if last and not lost and not self._upgraded:
-                await self._linger()
+                await self._linger(payload)
             if last or self._close or self._force_close:
                 break
             payload.set_exception(_PAYLOAD_IS_GONE)
@@ -660,10 +660,12 @@ class Connection(web.RequestHandler):
         self._front.changed.set()
         return payload.is_eof() and payload.exception() is None
 
-    async def _linger(self) -> None:
+    async def _linger(self, payload: StreamReader) -> None:
         transport = self.transport
         if transport is None or transport.is_closing():
             return
+        # A fault is behind the end of what can be known of what the client sends.
+        silent = payload.is_eof() and not self._messages and self._discarded is None
         self._discarded = 0
         self._peer_closed = asyncio.Event()
         self._messages.clear()
@@ -671,6 +673,10 @@ class Connection(web.RequestHandler):
             return
         if transport.can_write_eof():
             transport.write_eof()
+        elif silent:
+            # TLS says the end with its own message, and then waits for the client's; whoever is
+            # still sending would be answered with a reset.
+            transport.close()
         with contextlib.suppress(RuntimeError):  # was not paused
             transport.resume_reading()
         try:
@@ -688,6 +694,8 @@ class Connection(web.RequestHandler):
         self._peer_closed = asyncio.Event()
         if transport.can_write_eof():
             transport.write_eof()
+        else:
+            transport.close()
         self._loop.call_later(LINGER_SECONDS, self.force_close)
 
     # ------------------------------------------------------------------ errors
