@@ -321,6 +321,9 @@ def test_line_8_exactly_one_host_that_is_allowed(server, worker, request_bytes):
         b"localhost:80a",
         b"localhost,localhost",
         b"[::1",
+        b"[:::]",
+        b"localhost:65536",
+        b"localhost:" + b"9" * 5000,
         b"local\xe9",
         b"http://localhost",
     ],
@@ -330,7 +333,10 @@ def test_line_8_what_is_no_host_is_refused_by_native_routes_too(server, worker, 
     refused(server, b"GET " + path + b" HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
 
 
-@pytest.mark.parametrize("host", [b"my_service", b"LOCALHOST:80", b"[::1]:80", b"a.b-c.example."])
+@pytest.mark.parametrize(
+    "host",
+    [b"my_service", b"LOCALHOST:080", b"[::1]:65535", b"[::ffff:1.2.3.4]", b"a.b-c.example."],
+)
 def test_line_8_a_host_may_be_any_name_or_address(server, worker, host):
     request = b"GET /native/ping/ HTTP/1.1\r\nHost: " + host + b"\r\n" + CLOSE + b"\r\n"
     assert statuses(raw(server.address, request)) == [200]

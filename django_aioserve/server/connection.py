@@ -29,6 +29,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
+from ipaddress import IPv6Address
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -113,7 +114,7 @@ _VERSIONS = {HttpVersion10, HttpVersion11}
 _NO_MESSAGE = ERROR._replace(version=HttpVersion11)
 
 # RFC 9110, section 7.2, and RFC 3986, section 3.2.2, without the comma: a list is no host.
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]+)(?::[0-9]*)?")
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|[A-Za-z0-9._~%!$&'()*+;=-]+)(?::0*([0-9]{0,5}))?")
 
 # The end of a chunked body without trailers: a line before the last that is only "0" can
 # be no trailer, for that has a colon.
@@ -148,7 +149,20 @@ def _is_plain(message: RawRequestMessage, others: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_host(value: str) -> bool:
-    return _HOST.fullmatch(value) is not None
+    match = _HOST.fullmatch(value)
+    if match is None:
+        return False
+    address, port = match.groups()
+    # aiohttp would make an error of the handler's own of these, once it asks for the URL.
+    return (address is None or _is_ipv6(address)) and int(port or 0) < 1 << 16
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _refusal(message: RawRequestMessage, payload: StreamReader) -> _ErrInfo | None:
