@@ -1075,6 +1075,14 @@ def test_line_23_nothing_of_a_bad_request_is_in_its_answer(server, worker):
     assert b"script" not in answer
 
 
+@pytest.mark.parametrize("line", [b"Host: a b\r\n", b"X : y\r\n" + HOST, CHUNKED + HOST])
+def test_a_refusal_has_no_body_for_it_may_answer_a_head(server, worker, line):
+    """RFC 9110, section 9.3.2; the method of what is malformed is anybody's guess."""
+    answer = raw(server.address, b"HEAD /native/ping/ HTTP/1.1\r\n" + line + b"\r\nZ\r\n")
+    assert statuses(answer) == [400]
+    assert answer.endswith(b"\r\n\r\n")
+
+
 # --- what is used of aiohttp --------------------------------------------------------------
 
 

@@ -734,6 +734,7 @@ class Connection(web.RequestHandler):
         cause = next(iter(said.splitlines()), type(error).__name__)
         peer = request.remote or "a Unix socket"
         self._front.log.warning("Malformed request from %s: %s", peer, ascii(cause)[1:-1][:200])
-        response = web.Response(status=status, text=status.phrase + "\n")
+        # Not even a phrase: it may be HEAD that is answered (RFC 9110, section 9.3.2).
+        response = web.Response(status=status)
         response.force_close()
         return response
