@@ -379,7 +379,7 @@ class Connection(web.RequestHandler):
                 except asyncio.CancelledError:
                     if task.cancelling():
                         raise
-                    return  # the connection is closed; an exception would leave a ring behind
+                    break  # the connection is closed; an exception would leave a ring behind
                 finally:
                     self._waiter = None
             message, payload = self._take_message()
