@@ -589,8 +589,8 @@ class Config:
         0,
         MemorySize(),
         _RECYCLING,
-        "Resident memory of all workers together; above it the largest is replaced first "
-        "(0: no limit).",
+        "Resident memory of all workers together, the one included that boots; before it is "
+        "reached the largest is replaced (0: no limit).",
     )
     max_lifetime: float = _option(
         0.0, Duration(), _RECYCLING, "Age at which a worker is replaced (0: never)."

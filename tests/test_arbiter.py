@@ -875,11 +875,15 @@ def test_where_memory_has_no_room_the_old_worker_is_gone_before_the_next_is_star
         wait_until(lambda: len(events(server)) >= 3, SOON)
         tally = load.finish()
     nothing_lost(tally)
-    living = most = 0
+    living = most = serving = 0
+    least = 2
     for line in server.log_text().splitlines():
         living += ("Booting worker" in line) - ("Worker exiting" in line)
         most = max(most, living)
+        serving += ("is ready" in line) - ("replacement {" in line)
+        least = min(least, serving) if most == 2 and "replacement {" in line else least
     assert most == 2
+    assert least >= 1
     said = server.log_text().count("workers leave before their replacements are started")
     assert said == 1
     assert re.search(r"has 1 MiB of memory left, a worker needs \d+ MiB", server.log_text())
@@ -918,6 +922,34 @@ def test_the_largest_worker_is_replaced_when_all_are_over_the_budget(kiosk):
     event = events(server)[0]
     assert event["reason"] == "max_rss_total"
     assert "of at most 230 MiB" in event["text"]
+
+
+@pytest.mark.slow
+def test_all_workers_together_keep_within_the_budget_those_included_that_boot(kiosk):
+    budget = 420
+    server = kiosk("--workers=4", f"--max-rss-total={budget}M")
+    most = 0.0
+    leaking = Habit("/leak/?kb=64", think=0.02)
+    with Load(server.address, *[leaking] * 3) as load:
+        end = time.monotonic() + SOON
+        while len(events(server)) < 12 and time.monotonic() < end:
+            most = max(most, sum(map(resident_mib, server.workers())))
+            time.sleep(0.02)
+        tally = load.finish()
+    nothing_lost(tally)
+    assert {event["reason"] for event in events(server)} == {"max_rss_total"}
+    assert most <= budget
+
+
+def test_a_budget_without_room_for_a_replacement_has_the_old_worker_gone_first(kiosk):
+    server = kiosk("--workers=2", "--max-rss-total=160M")
+    leaking = Habit("/leak/?kb=64", think=0.01)
+    with Load(server.address, leaking) as load:
+        wait_until(lambda: len(events(server)) >= 2, SOON)
+        tally = load.finish()
+    nothing_lost(tally)
+    said = r"AIOSERVE_MAX_RSS_TOTAL has \d+ MiB of memory left, a worker needs \d+ MiB"
+    assert re.search(said, server.log_text())
 
 
 def resident_mib(pid: int) -> float:

@@ -18,6 +18,7 @@ from django_aioserve.server.recycling import (
     backoff,
     decide,
     draw,
+    expected_rss,
     over_budget,
 )
 
@@ -267,6 +268,15 @@ def test_one_that_has_not_grown_is_left_though_it_is_the_largest():
 
 def test_a_budget_that_nothing_can_keep_replaces_only_those_that_have_grown():
     assert over_budget(1, {1: (50, 50), 2: (50, 60)}) == []
+
+
+def test_a_worker_is_reckoned_by_what_it_grows_while_a_replacement_boots():
+    grown = sample(rss=150 * MIB, rss_at_ready=50 * MIB, age=10.0, boot=2.0)
+    assert expected_rss(grown) == 170 * MIB
+
+
+def test_one_that_has_shrunk_is_reckoned_as_it_is():
+    assert expected_rss(sample(rss=40 * MIB, rss_at_ready=50 * MIB, boot=2.0)) == 40 * MIB
 
 
 # --- failures -----------------------------------------------------------------------------

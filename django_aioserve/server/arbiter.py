@@ -6,9 +6,9 @@ Rules:
    accept than are wanted, one is told to drain: first one that retires, else the oldest.
 2. When fewer workers stay than are wanted one is started. A worker that retires counts
    as staying, and asks for one more: make before break. So do at most ``max_retiring``
-   workers at a time, and only where the memory of the container leaves room for one
-   more; where it does not, the old worker is told to drain, and is gone before the
-   next is started.
+   workers at a time, and only where the memory of the container, and ``max_rss_total``,
+   leave room for one more; where they do not, the old worker is told to drain, and is
+   gone before the next is started.
 3. A worker is ready when it says so, on the scoreboard.
 4. Once a worker has been ready, no failure of another takes the server down. A boot
    that fails is tried again later and later; meanwhile what serves goes on serving.
@@ -41,7 +41,7 @@ from gunicorn.errors import HaltServer
 
 from django_aioserve import conf
 from django_aioserve.conf import Config
-from django_aioserve.server.recycling import backoff, over_budget
+from django_aioserve.server.recycling import Sample, backoff, expected_rss, over_budget
 from django_aioserve.server.scoreboard import Scoreboard, Slot, State
 
 __all__ = ["RecyclingArbiter"]
@@ -183,9 +183,12 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         if self._gives_way in self.WORKERS:
             return
         if replaced and not self._has_room(staying):
-            self._gives_way = replaced[0]
-            self._tell_to_drain(self._gives_way)
-            return
+            complete = len(staying) >= self.num_workers
+            if complete and all(slot.state is not State.BOOTING for slot in staying.values()):
+                self._gives_way = replaced[0]
+                self._tell_to_drain(self._gives_way)
+                return
+            replaced = []  # one after another: the last one to give way is missing yet
         wanted = self.num_workers + len(replaced)
         while len(staying) < wanted and time.monotonic() >= self._next_try:
             try:
@@ -361,47 +364,70 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
     # ------------------------------------------------------------------ memory
 
     def _has_room(self, staying: dict[int, Slot]) -> bool:
-        """Tell whether the container's memory has room for one more worker (rule 2)."""
+        """Tell whether there is memory for one more worker (rule 2)."""
         if len(staying) > self.num_workers:
             return True  # the replacement is there already
-        need = max((slot["rss_at_ready"] for slot in staying.values()), default=0)
-        room = conf.memory_room()
+        need = self._need()
+        room, whose = conf.memory_room(), "The container"
+        if self.config.max_rss_total:
+            left = self.config.max_rss_total - sum(slot["rss"] for slot in self._slots.values())
+            if room is None or left < room:
+                room, whose = max(left, 0), "AIOSERVE_MAX_RSS_TOTAL"
         crowded = room is not None and room < need
         if crowded and not self._crowded:
             self.log.warning(
-                "The container has %d MiB of memory left, a worker needs %d MiB: "
+                "%s has %d MiB of memory left, a worker needs %d MiB: "
                 "workers leave before their replacements are started.",
+                whose,
                 (room or 0) >> 20,
                 need >> 20,
             )
         self._crowded = crowded
         return not crowded
 
+    def _need(self) -> int:
+        """Give the memory, in bytes, that one more worker is reckoned to take."""
+        return max((slot["rss_at_ready"] for slot in self._slots.values()), default=0)
+
     def _watch_budget(self) -> None:
-        """Let the largest workers retire where all together are over their budget."""
+        """Let the largest workers retire before all together are over their budget."""
         now = time.monotonic()
-        if not self.config.max_rss_total or now < self._next_budget:
+        budget = self.config.max_rss_total
+        if not budget or now < self._next_budget:
             return
         self._next_budget = now + BUDGET_INTERVAL
-        sizes = {
-            pid: (slot["rss"], slot["rss_at_ready"])
+        staying = {
+            pid: slot
             for pid, slot in self._slots.items()
             if slot.state in (State.READY, State.RETIRING) and pid not in self._told
         }
-        total = sum(size for size, _ in sizes.values())
-        for pid in over_budget(self.config.max_rss_total, sizes)[: self.config.max_retiring]:
-            slot = self._slots[pid]
-            if slot.state is State.READY:
+        sizes = {
+            pid: (expected_rss(_sample(slot, now)), slot["rss_at_ready"])
+            for pid, slot in staying.items()
+        }
+        total = sum(slot["rss"] for slot in staying.values())
+        for pid in over_budget(budget - self._reserve(staying), sizes)[: self.config.max_retiring]:
+            slot = staying[pid]
+            young = now - slot["ready_us"] / 1e6 < self.config.min_lifetime
+            if slot.state is State.READY and not young:
                 text = (
                     f"max_rss_total: {total >> 20} MiB of memory in all workers of at most "
-                    f"{self.config.max_rss_total >> 20} MiB; "
-                    f"this is the largest with {slot['rss'] >> 20} MiB"
+                    f"{budget >> 20} MiB; this is the largest with {slot['rss'] >> 20} MiB"
                 )
                 if self.config.recycle_dry_run:
                     self.log.info("Worker %d would be replaced (dry run): %s", pid, text)
                     self._next_budget = now + DRY_RUN_INTERVAL
                     continue
                 self._asked[pid] = text
+
+    def _reserve(self, staying: dict[int, Slot]) -> int:
+        """Give what of the budget is to be left for workers that boot, the next one at least."""
+        need = self._need()
+        others = [slot for pid, slot in self._slots.items() if pid not in staying]
+        reserve = sum(need if slot.state is State.BOOTING else slot["rss"] for slot in others)
+        least = sum(slot["rss_at_ready"] for slot in staying.values())
+        # Where it never fits in, workers leave before their replacements are started (rule 2).
+        return reserve or (need if least + need <= self.config.max_rss_total else 0)
 
     # ------------------------------------------------------------------ signals
 
@@ -526,6 +552,18 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
                 }
             ),
         )
+
+
+def _sample(slot: Slot, now: float) -> Sample:
+    """Give what the scoreboard tells of a worker that is ready; the next look included."""
+    ready = slot["ready_us"] / 1e6
+    return Sample(
+        requests=slot["served"],
+        rss=slot["rss"],
+        rss_at_ready=slot["rss_at_ready"],
+        age=now - ready,
+        boot=ready - slot["started_us"] / 1e6 + BUDGET_INTERVAL,
+    )
 
 
 def _now_us() -> int:

@@ -19,7 +19,16 @@ from dataclasses import dataclass
 
 from django_aioserve.conf import Config
 
-__all__ = ["Limits", "Reason", "Sample", "backoff", "decide", "draw", "over_budget"]
+__all__ = [
+    "Limits",
+    "Reason",
+    "Sample",
+    "backoff",
+    "decide",
+    "draw",
+    "expected_rss",
+    "over_budget",
+]
 
 EARLIEST_SHARE = 0.5
 """Share of a limit before which no worker retires early."""
@@ -80,20 +89,17 @@ def decide(limits: Limits, sample: Sample) -> Reason | None:
     """Tell why this worker is to be replaced now, or None."""
     if sample.age < limits.min_lifetime:
         return None
-    # What is known of a worker younger than its boot took says nothing about the next boot.
-    ahead = min(sample.boot / sample.age, 1.0) if sample.age > 0 else 0.0
     if limits.requests:
-        soon = sample.requests * (1 + ahead)
+        soon = sample.requests * (1 + _ahead(sample))
         if soon >= limits.requests <= sample.requests / EARLIEST_SHARE:
             return Reason("max_requests", f"its limit is {limits.requests} requests")
-    if limits.rss and sample.rss_at_ready < limits.rss:
-        growth = max(sample.rss - sample.rss_at_ready, 0)
-        if sample.rss + growth * ahead >= limits.rss <= sample.rss / EARLIEST_SHARE:
-            return Reason(
-                "max_rss",
-                f"{_mib(sample.rss)} of memory of at most {_mib(limits.rss)}, "
-                f"{_mib(sample.rss_at_ready)} when it was ready",
-            )
+    can_shrink = sample.rss_at_ready < limits.rss
+    if can_shrink and expected_rss(sample) >= limits.rss <= sample.rss / EARLIEST_SHARE:
+        return Reason(
+            "max_rss",
+            f"{_mib(sample.rss)} of memory of at most {_mib(limits.rss)}, "
+            f"{_mib(sample.rss_at_ready)} when it was ready",
+        )
     if limits.lifetime and sample.age >= limits.lifetime:
         return Reason("max_lifetime", f"{sample.age:.0f} s of at most {limits.lifetime:.0f} s")
     if limits.when is not None and (text := limits.when(sample)):
@@ -101,11 +107,22 @@ def decide(limits: Limits, sample: Sample) -> Reason | None:
     return None
 
 
-def over_budget(budget: int, sizes: Mapping[int, tuple[int, int]]) -> list[int]:
+def expected_rss(sample: Sample) -> float:
+    """Give the memory, in bytes, of a worker when a replacement asked for now has booted."""
+    return sample.rss + max(sample.rss - sample.rss_at_ready, 0) * _ahead(sample)
+
+
+def _ahead(sample: Sample) -> float:
+    """Give the share of its age in which a replacement boots."""
+    # What is known of a worker younger than its boot took says nothing about the next boot.
+    return min(sample.boot / sample.age, 1.0) if sample.age > 0 else 0.0
+
+
+def over_budget(budget: float, sizes: Mapping[int, tuple[float, int]]) -> list[int]:
     """Tell which workers must go so that all together fit into ``budget`` bytes.
 
-    ``sizes`` maps each worker to its present size and its size when it was ready. The
-    largest go first; what replaces one is reckoned as large as that one began.
+    ``sizes`` maps each worker to its size and its size when it was ready. The largest go
+    first; what replaces one is reckoned as large as that one began.
     """
     total = sum(size for size, _ in sizes.values())
     going: list[int] = []

@@ -245,17 +245,17 @@ class RecyclingWorker(GunicornWebWorker):
         self._rss_at_ready = resident_memory()
         when = conf.import_dotted(config.recycle_when) if config.recycle_when else None
         self.limits = recycling.draw(config, random.random, when)
-        if self.slot is not None:
-            self.slot["rss"] = self.slot["rss_at_ready"] = self._rss_at_ready
-            self.slot["ready_us"] = int(self._ready * 1e6)
-            self.slot["state"] = State.READY
-            self._wake_arbiter()
         self.log.info(
             "Worker %d is ready: boot %.2f s, %d MiB",
             self.pid,
             self._ready - self._spawned,
             self._rss_at_ready >> 20,
         )
+        if self.slot is not None:
+            self.slot["rss"] = self.slot["rss_at_ready"] = self._rss_at_ready
+            self.slot["ready_us"] = int(self._ready * 1e6)
+            self.slot["state"] = State.READY
+            self._wake_arbiter()
 
     async def _beat_until_leave(self) -> None:
         while not self._leave.is_set():
@@ -278,7 +278,6 @@ class RecyclingWorker(GunicornWebWorker):
         if slot is not None:
             slot.add("requests", sample.requests - slot["served"])
             slot["served"] = sample.requests
-            slot["rss"] = sample.rss
             slot["connections"] = len(front.connections)
             slot["in_flight"] = in_flight
             if pool is not None:
@@ -307,6 +306,8 @@ class RecyclingWorker(GunicornWebWorker):
             # Gunicorn's own arbiter starts nothing before this worker is gone.
             boot=self._ready - self._spawned if self.slot is not None else 0.0,
         )
+        if self.slot is not None:
+            self.slot["rss"] = sample.rss
         if self._reason is None and (reason := recycling.decide(self.limits, sample)) is not None:
             self._retire(reason)
         return sample
@@ -510,6 +511,7 @@ class RecyclingWorker(GunicornWebWorker):
             signal.signal(number, signal.SIG_IGN)  # a further one would interrupt the end
         # What was being imported may have left a file open; the end closes it.
         warnings.simplefilter("ignore", ResourceWarning)
+        sys.unraisablehook = _but_for_an_exit
         sys.exit(0)
 
     def handle_abort(self, sig: int, frame: FrameType | None) -> None:
@@ -595,6 +597,12 @@ def _new_loop(name: str) -> asyncio.AbstractEventLoop:
         else:
             return uvloop.new_event_loop()
     return asyncio.new_event_loop()
+
+
+def _but_for_an_exit(unraisable: sys.UnraisableHookArgs) -> None:
+    """Say nothing of an exit that was raised where nothing can be, in a callback of a weak set."""
+    if not issubclass(unraisable.exc_type, SystemExit):
+        sys.__unraisablehook__(unraisable)
 
 
 def _cause(error: BaseException) -> str:
