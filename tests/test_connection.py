@@ -6,7 +6,9 @@ are short, so that whoever waits for one waits for no long time.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import re
 import resource
@@ -974,6 +976,30 @@ def test_the_answer_to_a_refused_upload_is_not_destroyed_by_a_reset(server, work
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.send(post(b"Content-Length: %d\r\n" % len(data), data[: MIB // 2]))
             assert connection.read_response().status == 413
+
+
+def test_a_connection_that_was_reset_unnoticed_can_be_ended():
+    """asyncio's own loop raises what the socket says to that."""
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        limits = connection_module.Limits(header_timeout=5, write_timeout=5)
+        front = connection_module.Front(limits, logging.getLogger("aioserve"), lambda: None)
+        http = web.Server(web.Response)
+        listening = await loop.create_server(
+            lambda: connection_module.Connection(http, front, loop=loop), "127.0.0.1", 0
+        )
+        async with listening, asyncio.timeout(5):
+            client = RawConnection(listening.sockets[0].getsockname())
+            while not front.connections:
+                await asyncio.sleep(0)
+            client.reset()
+            for connection in front.connections:
+                connection.say_goodbye()
+            while front.connections:
+                await asyncio.sleep(0)
+
+    asyncio.run(serve())
 
 
 # --- Expect -------------------------------------------------------------------------------

@@ -686,7 +686,8 @@ class Connection(web.RequestHandler):
         if self._half_closed:
             return
         if transport.can_write_eof():
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has reset it unnoticed
+                transport.write_eof()
         elif silent:
             # TLS says the end with its own message, and then waits for the client's; whoever is
             # still sending would be answered with a reset.
@@ -707,7 +708,8 @@ class Connection(web.RequestHandler):
         self._discarded = 0
         self._peer_closed = asyncio.Event()
         if transport.can_write_eof():
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has reset it unnoticed
+                transport.write_eof()
         else:
             transport.close()
         self._loop.call_later(LINGER_SECONDS, self.force_close)
