@@ -1100,6 +1100,95 @@ def test_a_long_poll_is_told_and_then_cancelled_when_the_server_ends(serve, told
     server.start()
 
 
+def test_work_after_the_response_holds_up_nobody(serve, told):
+    released = asyncio.Event()
+
+    @http
+    async def application(scope, receive, send):
+        await send(start())
+        await send(body(b"done"))
+        if scope["path"] == "/work":
+            told.add(await receive())
+            await released.wait()
+            told.add("worked")
+
+    server = serve(application)
+    with server.connect() as connection:
+        assert connection.request("GET", "/work").body == b"done"
+        assert connection.request("GET", "/next").body == b"done"
+    with server.connect() as connection:
+        assert connection.request("GET", "/work", [("Connection", "close")]).body == b"done"
+        assert connection.at_eof()
+    assert told.items == [{"type": "http.disconnect"}] * 2
+    server.loop.call_soon_threadsafe(released.set)
+    assert told.wait(4)[2:] == ["worked"] * 2
+
+
+def test_an_exception_after_the_response_is_logged(serve, caplog):
+    failing = asyncio.Event()
+
+    @http
+    async def application(scope, receive, send):
+        await send(start())
+        await send(body(b"done"))
+        await failing.wait()
+        raise RuntimeError("too late to tell the client")
+
+    server = serve(application)
+    with server.connect() as connection:
+        assert connection.request("GET", "/").body == b"done"
+        server.loop.call_soon_threadsafe(failing.set)
+        wait_until(lambda: "too late to tell the client" in caplog.text)
+        assert connection.request("GET", "/").body == b"done"
+
+
+def working(told, seconds):
+    """An application that works on for so many seconds after its response."""
+
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            told.add((await receive())["type"])
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await send(start())
+        await send(body(b"done"))
+        try:
+            await asyncio.sleep(seconds)
+            told.add("worked")
+        except asyncio.CancelledError:
+            told.add("cancelled")
+            raise
+
+    return application
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timeout", "end"), [(0.5, 10, "worked"), (60, 0.2, "cancelled")]
+)
+def test_work_after_the_response_ends_before_the_application_is_shut_down(
+    serve, told, seconds, timeout, end
+):
+    server = serve(working(told, seconds), graceful_timeout=timeout)
+    assert server.get("/").body == b"done"
+    server.stop()
+    assert told.items == [end, "lifespan.shutdown"]
+    server.start()
+
+
+def test_work_after_the_response_is_cancelled_when_the_server_has_no_time(serve, told):
+    server = serve(working(told, 60))
+    assert server.get("/").body == b"done"
+
+    async def end_at_once():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.app.cleanup(), 0.2)
+
+    server.run(end_at_once())
+    assert told.items == ["cancelled", "lifespan.shutdown"]
+
+
 # --- lifespan -----------------------------------------------------------------------------
 
 
@@ -1442,6 +1531,35 @@ def test_another_answer_to_a_handshake_is_a_500(serve, caplog, messages):
         connection.send(handshake())
         assert connection.read_response().status == 500
     assert "The ASGI application" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"type": "websocket.close"}],
+        [
+            {"type": "websocket.http.response.start", "status": 403},
+            {"type": "websocket.http.response.body"},
+        ],
+    ],
+)
+def test_work_after_a_refusal_does_not_hold_up_the_client(serve, told, messages):
+    released = asyncio.Event()
+
+    async def application(scope, receive, send):
+        if scope["type"] == "websocket":
+            for message in messages:
+                await send(message)
+            await released.wait()
+            told.add("worked")
+
+    server = serve(application)
+    with server.connect() as connection:
+        connection.send(handshake())
+        assert connection.read_response().status == 403
+        assert connection.at_eof()
+    server.loop.call_soon_threadsafe(released.set)
+    told.wait(1)
 
 
 def test_a_refusal_longer_than_its_content_length_is_cut(serve, caplog):

@@ -67,6 +67,8 @@ class ASGIBridge:
         self._service = Service(application, config)
         self._meta = RequestMeta(ProxyTrust(config.forwarded_allow_ips), {})
         self._state: dict[str, Any] = {}
+        #: When the server's end began.
+        self._leaving: float | None = None
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer ``request``.
@@ -93,13 +95,18 @@ class ASGIBridge:
 
         May be an item of ``cleanup_ctx`` as it is. An application that knows nothing of
         the protocol is served without. Raises LifespanFailed when its start-up failed;
-        its shutdown has ``graceful_timeout`` seconds.
+        its shutdown has ``graceful_timeout`` seconds, once all of its calls have ended.
         """
         lifespan = _Lifespan(self._service.application, self._state)
         await lifespan.start()
         try:
             yield
         finally:
+            try:
+                await self._finish()
+            except asyncio.CancelledError:
+                await lifespan.stop(_CANCEL_TIMEOUT)
+                raise
             await lifespan.stop(self._service.config.graceful_timeout)
 
     async def close_streams(self, within: float) -> None:
@@ -109,6 +116,7 @@ class ASGIBridge:
         """
         loop = asyncio.get_running_loop()
         lasting = self._service.lasting
+        self._leaving = loop.time()
         end = loop.time() + within
         while lasting:
             left = max(end - loop.time(), 0.0)
@@ -118,6 +126,24 @@ class ASGIBridge:
                 lasting.pop().end()
             if lasting:
                 await asyncio.sleep(left * batch / count)
+
+    async def _finish(self) -> None:
+        """Give what goes on after its response ``graceful_timeout`` since the end began."""
+        working = self._service.working
+        if not working:
+            return
+        now = asyncio.get_running_loop().time()
+        began = now if self._leaving is None else self._leaving
+        left = began + self._service.config.graceful_timeout - now
+        try:
+            await asyncio.wait(working, timeout=max(left, 0.0))
+        finally:
+            late = [*working]
+            for call in late:
+                call.cancel()
+        if late:
+            logger.error("The ASGI application did not end its work after %d responses", len(late))
+            await asyncio.wait(late, timeout=_CANCEL_TIMEOUT)
 
     def _http_scope(self, request: web.BaseRequest) -> Scope:
         scope = self._scope(request)

@@ -2,9 +2,8 @@
 
 Rules:
 
-1. The application runs in a task, and so in a context, of its own: aiohttp's for the request, or
-   one made here where the connection made none. ``receive`` and ``send`` make no tasks and no
-   queues.
+1. The application runs in a task, and so in a context, of its own. ``receive`` and ``send`` make
+   no tasks and no queues.
 2. A body is read as it is asked for; ``100 Continue`` is granted by the first ``receive`` that
    has to wait. A body that is too large, stalls or is malformed is answered with 413, 408 or 400
    at once if nothing was answered yet, else the connection is cut; the application is
@@ -13,6 +12,8 @@ Rules:
    head that is not allowed on the wire, is a 500; one after it cuts the connection.
 4. A client that left is told by ``receive``, and by ClientGone (an OSError) of ``send``. The
    application may take its time; it is cancelled with the server's end only.
+5. What the application does after its response holds up neither the connection nor the client:
+   the exchange is over. The server's end waits for it.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Service:
     config: Config
     lasting: set[Exchange] = field(default_factory=set)
     """What does not end by itself: event streams and open WebSockets."""
+    working: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Calls that go on after their response."""
 
 
 class Exchange:
@@ -94,9 +97,12 @@ class Exchange:
         self._application = service.application
         self._config = service.config
         self._lasting = service.lasting
+        self._working = service.working
         self._request = request
         self._scope = scope
         self._changed = asyncio.Event()
+        #: Done with the call, or with what it is for.
+        self._over = asyncio.get_running_loop().create_future()
         self._told = 0
 
     async def run(self) -> web.StreamResponse:
@@ -126,19 +132,34 @@ class Exchange:
             self._lasting.discard(self)
 
     async def _call(self) -> BaseException | None:
-        """Call the application in a task that serves nothing else; give what it raised."""
-        task = asyncio.current_task()
-        call = self._call_here()
+        """Call the application in a task of its own; give what it raised until it was over."""
+        call = asyncio.create_task(self._call_here())
+        call.add_done_callback(self._be_over)
         try:
-            if task is self._request.task:
-                # It is the connection's, and so is its context: later requests have the same.
-                return await asyncio.create_task(call)
-            return await call
+            await self._over
+        except asyncio.CancelledError:
+            self.end()
+            call.cancel()
+            await asyncio.wait({call})
+            raise
+        if not call.done():
+            self._working.add(call)
+            call.add_done_callback(self._worked)
+            return None
+        try:
+            return call.result()
         except asyncio.CancelledError as error:
-            if task is not None and task.cancelling():
-                self.end()
-                raise
             return error
+
+    def _be_over(self, _: object = None) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _worked(self, call: asyncio.Task[BaseException | None]) -> None:
+        self._working.discard(call)
+        error = None if call.cancelled() else call.result()
+        if error is not None:
+            self._report(error)
 
     async def _call_here(self) -> BaseException | None:
         try:
@@ -172,11 +193,16 @@ class Exchange:
         raise NotImplementedError
 
     async def _crashed(self, error: BaseException) -> web.StreamResponse:
+        self._report(error)
+        if _is_client_gone(error):
+            return await self._returned()
+        return await self._failed()
+
+    def _report(self, error: BaseException) -> None:
         if _is_client_gone(error):
             logger.debug("The client left: %s", self._request.raw_path, exc_info=error)
-            return await self._returned()
-        self._complain("raised an exception", error)
-        return await self._failed()
+        else:
+            self._complain("raised an exception", error)
 
     def _complain(self, what: str, error: BaseException | None = None) -> None:
         request = self._request
@@ -344,6 +370,7 @@ class HTTPExchange(Exchange):
         finally:
             if self._answer.complete:
                 self._changed.set()
+                self._be_over()
 
     def lost(self) -> None:
         self._gone = True

@@ -217,11 +217,13 @@ class WebSocketExchange(Exchange):
             self._response = denial.response
             if denial.complete:
                 self._disconnected(1006)
+                self._be_over()
 
     async def _refuse(self, status: int) -> None:
         answer = Answer(self._request, self._config.write_timeout)
         self._response = await answer.plain(status)
         self._disconnected(1006)
+        self._be_over()
 
     # The client's bytes. aiohttp calls the first two, as it would those of its own parser.
 
