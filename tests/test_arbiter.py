@@ -739,6 +739,24 @@ def test_line_50_websockets_are_closed_one_after_another(kiosk):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("target", ["/ws/", "/channel/"], ids=["native", "asgi"])
+def test_what_a_handler_does_for_a_websocket_that_was_closed_is_waited_for(kiosk, target, number):
+    server = kiosk("--interface=asgi", "--stream-linger=0")
+
+    async def leave() -> None:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(SOON):
+            websocket = await session.ws_connect(f"{server.url}{target}?farewell=1")
+            server.signal(number)
+            message = await websocket.receive()
+            assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1012)
+
+    asyncio.run(leave())
+    server.wait_for_log("Farewell", SOON)
+    (event,) = wait_until(lambda: events(server), SOON)
+    assert (event["in_flight"], event["lost"]) == (1, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_event_streams_come_to_a_clean_end(kiosk, number):
     server = kiosk("--stream-linger=0.5")
     streams = [Habit("/events/")] * 3

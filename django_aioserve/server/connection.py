@@ -326,9 +326,17 @@ class Connection(web.RequestHandler):
         for timer in (self._header_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
+        task = self._task_handler
         super().connection_lost(exc)
         if self._peer_closed is not None:
             self._peer_closed.set()
+        if task is None or self._current_request is None:
+            self._leave()
+        else:
+            # A handler may have something to do for a client that left: a worker waits for it.
+            task.add_done_callback(self._leave)
+
+    def _leave(self, _: object = None) -> None:
         self._front.connections.discard(self)
         self._front.changed.set()
 

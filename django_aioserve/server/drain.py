@@ -36,7 +36,7 @@ async def drain(
     still hold them is taken too, for the kernel resets what is left in their queues.
     Idle connections are read for ``linger`` seconds: a client may have sent a request
     before it learned that the connection closes. Requests under way have ``within``
-    seconds.
+    seconds, and so have handlers whose client has left.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within
@@ -66,7 +66,9 @@ async def drain(
         front.changed.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(front.changed.wait(), max(closing - loop.time(), 0.001))
-    return sum(not connection.idle for connection in front.connections)
+    return sum(
+        not connection.idle and connection.transport is not None for connection in front.connections
+    )
 
 
 async def _empty_accept_queue(

@@ -1,6 +1,8 @@
 """The kiosk as an ASGI application, with a WebSocket beside Django."""
 
+import asyncio
 import os
+from urllib.parse import parse_qs
 
 from django.core.asgi import get_asgi_application
 
@@ -13,7 +15,7 @@ boot()
 
 
 async def application(scope, receive, send):
-    """Echo on WebSockets, Django for the rest."""
+    """Echo on WebSockets, as the native route does, and Django for the rest."""
     if scope["type"] == "http":
         await django(scope, receive, send)
     elif scope["type"] == "lifespan":
@@ -25,3 +27,6 @@ async def application(scope, receive, send):
         await send({"type": "websocket.accept"})
         while (message := await receive())["type"] == "websocket.receive":
             await send({"type": "websocket.send", "text": message.get("text") or ""})
+        farewell = parse_qs(scope["query_string"]).get(b"farewell", [b"0"])
+        await asyncio.sleep(float(farewell[0]))
+        print("Farewell", flush=True)

@@ -9,12 +9,14 @@ routes = web.RouteTableDef()
 
 @routes.get("/ws/")
 async def echo(request):
-    """Echo each message."""
+    """Echo each message; at the end do what takes some time."""
     socket = web.WebSocketResponse()
     await socket.prepare(request)
     async for message in socket:
         if message.type is web.WSMsgType.TEXT:
             await socket.send_str(message.data)
+    await asyncio.sleep(float(request.query.get("farewell", "0")))
+    print("Farewell", flush=True)
     return socket
 
 
