@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 import tracemalloc
 import zlib
 
 import pytest
+from aiohttp import EofStream
+from aiohttp._websocket.reader import WebSocketDataQueue
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http import WebSocketError, WebSocketReader
 
 from django_aioserve.bridge.frames import (
     BINARY,
@@ -19,6 +24,7 @@ from django_aioserve.bridge.frames import (
     TEXT,
     Deflater,
     FrameReader,
+    StrictReader,
     close_payload,
     frame_header,
     is_close_code,
@@ -333,3 +339,86 @@ def test_the_payload_of_a_close_frame():
     assert long[2:].decode() == "ü" * 61
     with pytest.raises(ValueError, match="1006"):
         close_payload(1006)
+
+
+# --- before aiohttp's reader --------------------------------------------------------------
+
+
+def read_with_aiohttp(data: bytes, step: int = 0) -> list:
+    """What aiohttp's reader gives behind ours: messages, and at last the code of a fault."""
+
+    async def collect():
+        loop = asyncio.get_running_loop()
+        queue = WebSocketDataQueue(BaseProtocol(loop), 1 << 20, loop=loop)
+        reader = StrictReader(WebSocketReader(queue, 1 << 20, compress=True, decode_text=True))
+        for start in range(0, len(data), step or len(data)):
+            reader.feed_data(data[start : start + (step or len(data))])
+        if queue.exception() is None:
+            reader.feed_eof()
+        found = []
+        try:
+            while True:
+                message = await queue.read()
+                found.append((int(message.type), message.data))
+        except WebSocketError as error:
+            found.append(error.code)
+        except EofStream:
+            pass
+        return found
+
+    return asyncio.run(collect())
+
+
+def test_what_is_right_reaches_aiohttps_reader(step):
+    data = b"".join(
+        [
+            client_frame(TEXT, b"one"),
+            client_frame(TEXT, fin=False),
+            client_frame(PING, b"p" * 125),
+            client_frame(CONTINUATION, b"two" * 100, fin=False),
+            client_frame(CONTINUATION, b""),
+            client_frame(BINARY, b"x" * 70_000),
+            client_frame(TEXT, deflate(b"three"), rsv=4),
+            client_frame(PONG),
+            client_frame(CLOSE, close_payload(3000, "bye")),
+        ]
+    )
+    assert read_with_aiohttp(data, step) == [
+        (TEXT, "one"),
+        (PING, b"p" * 125),
+        (TEXT, "two" * 100),
+        (BINARY, b"x" * 70_000),
+        (TEXT, "three"),
+        (PONG, b""),
+        (CLOSE, 3000),
+    ]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        b"\x81\x02hi",
+        b"\x89\x00",
+        client_frame(PING, deflate(b"ping"), rsv=4),
+        client_frame(TEXT, fin=False) + client_frame(TEXT, b"another"),
+        client_frame(TEXT, fin=False) + client_frame(BINARY, b"another", fin=False),
+        b"\x82\xfe\x00\x7d" + MASK + bytes(125),
+        b"\x82\xff\x00\x00\x00\x00\x00\x00\xff\xff" + MASK + bytes(65535),
+        *(
+            client_frame(CLOSE, struct.pack("!H", code))
+            for code in (0, 999, 1004, 1005, 1006, 1015)
+        ),
+    ],
+    ids=lambda frames: frames[:12].hex(),
+)
+def test_what_aiohttps_reader_would_let_pass_is_a_protocol_error(frames, step):
+    before = client_frame(TEXT, b"before")
+    data = before + frames + client_frame(TEXT, b"after")
+    assert read_with_aiohttp(data, step) == [(TEXT, "before"), 1002]
+
+
+def test_the_faults_that_aiohttps_reader_sees_are_left_to_it(step):
+    data = client_frame(CLOSE, b"x") + client_frame(TEXT, b"after")
+    assert read_with_aiohttp(data, step) == [1002]
+    assert read_with_aiohttp(client_frame(TEXT, b"\xff"), step) == [1007]
+    assert read_with_aiohttp(client_frame(PING, b"x" * 126), step) == [1002]

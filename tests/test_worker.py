@@ -502,6 +502,27 @@ def test_threads_of_plain_gunicorn_are_the_pools(process):
     assert ends[-1] - ends[0] >= 0.1 * 5 * 0.9
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [b"\x81\x02hi", b"\x88\x82\x00\x00\x00\x00\x03\xee"],
+    ids=["without a mask", "a code that is never sent"],
+)
+def test_a_native_websocket_is_closed_for_what_aiohttp_would_let_pass(kiosk, frame):
+    server = kiosk()
+    handshake = [
+        ("Connection", "Upgrade"),
+        ("Upgrade", "websocket"),
+        ("Sec-WebSocket-Version", "13"),
+        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ]
+    with server.connect() as connection:
+        assert connection.request("GET", "/ws/", handshake).status == 101
+        connection.send(b"\x81\x82\x00\x00\x00\x00ok" + frame)
+        assert connection.recv_exactly(4) == b"\x81\x02ok"
+        opcode, size = connection.recv_exactly(2)
+        assert (opcode, connection.recv_exactly(size)[:2]) == (0x88, b"\x03\xea")
+
+
 # --- its end ------------------------------------------------------------------------------
 
 

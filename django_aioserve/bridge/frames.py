@@ -2,7 +2,8 @@
 
 aiohttp's reader lets pass what the RFC forbids (frames without a mask, a second message
 within a fragmented one, close codes that never go over the wire, compressed control
-frames), and it gives pings only to those who ask for messages. This one
+frames), and it gives pings only to those who ask for messages. `StrictReader` stands before
+it where aiohttp's WebSockets are served. `FrameReader` is for all others; it
 
 1. fails the connection at the first byte that is wrong, after everything that was
    right before it (section 7.1.7), and takes nothing thereafter;
@@ -17,7 +18,7 @@ from __future__ import annotations
 import codecs
 import struct
 import zlib
-from typing import Any
+from typing import Any, cast
 
 from aiohttp._websocket.helpers import websocket_mask
 
@@ -30,6 +31,7 @@ __all__ = [
     "TEXT",
     "Deflater",
     "FrameReader",
+    "StrictReader",
     "close_payload",
     "frame_header",
     "is_close_code",
@@ -54,6 +56,9 @@ _MOST_BLOCKS = 64
 """How often a client may end its compressed stream within one message (RFC 7692, 7.2.3.4)."""
 
 _UNLIMITED = 1 << 60
+
+_FAULT = b"\xf0\x80"
+"""The header of a frame with reserved bits, which aiohttp's reader does refuse."""
 
 _UTF8 = codecs.getincrementaldecoder("utf-8")
 
@@ -338,6 +343,78 @@ class FrameReader:
             if self._blocks > _MOST_BLOCKS:
                 raise _Violation(1009, "too many compressed streams in one message")
             data = inflater.unused_data
+
+
+class StrictReader:
+    """Has aiohttp's ``reader`` refuse with 1002 what it would let pass of a client's frames.
+
+    It looks at nothing but their headers and the codes of close frames. To be given to
+    ``set_parser`` in place of ``reader``.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self._held = b""
+        # How many bytes are to come until the next header.
+        self._left = 0
+        self._in_message = False
+        self._failed = False
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        """Take what the client sent."""
+        if self._failed:
+            return True, b""
+        if self._held:
+            data, self._held = self._held + data, b""
+        position, end = self._left, len(data)
+        while position < end:
+            size = self._frame_size(data, position)
+            if size is None:
+                self._held = data[position:]
+                data, position = data[:position], end
+                break
+            if size < 0:
+                self._failed = True
+                return cast("tuple[bool, bytes]", self._reader.feed_data(data[:position] + _FAULT))
+            position += size
+        self._left = position - end
+        return cast("tuple[bool, bytes]", self._reader.feed_data(data)) if data else (False, b"")
+
+    def feed_eof(self) -> None:
+        """Note that the connection is gone."""
+        self._reader.feed_eof()
+
+    def _frame_size(self, data: bytes, start: int) -> int | None:
+        """Give how long a frame is; None while that is not known, -1 where it is forbidden."""
+        there = len(data) - start
+        if there < 2:
+            return None
+        first, second = data[start], data[start + 1]
+        opcode, length = first & 0x0F, second & 0x7F
+        if not second & _MASKED:
+            return -1
+        header = 6
+        if opcode in _CONTROL:
+            if first & _COMPRESSED:
+                return -1
+            if opcode == CLOSE and 2 <= length <= 125:
+                if there < 8:
+                    return None
+                code = _unmasked(data[start + 6 : start + 8], data[start + 2 : start + 6])
+                if not is_close_code(int.from_bytes(code, "big")):
+                    return -1
+        elif opcode != CONTINUATION and self._in_message:
+            return -1
+        if length > 125:
+            header = 8 if length == 126 else 14
+            if there < header - 4:
+                return None
+            length = int.from_bytes(data[start + 2 : start + header - 4], "big")
+            if length < (126 if header == 8 else 1 << 16):
+                return -1
+        if opcode in _DATA:
+            self._in_message = not first & _FIN
+        return header + length
 
 
 def _unmasked(data: bytes, mask: bytes) -> bytearray:

@@ -41,11 +41,13 @@ from aiohttp.http import (
     HttpVersion11,
     RawRequestMessage,
     StreamWriter,
+    WebSocketReader,
 )
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import ERROR, _ErrInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from django_aioserve.bridge.frames import StrictReader
 from django_aioserve.keys import CANCELLABLE, ShortWay
 
 __all__ = ["Connection", "Front", "Limits", "require_aiohttp"]
@@ -625,6 +627,13 @@ class Connection(web.RequestHandler):
                 break
         self._messages.extend(good)
         return bool(good and good[-1][0].should_close and good[-1][1].is_eof())
+
+    def set_parser(
+        self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None
+    ) -> None:
+        if isinstance(parser, WebSocketReader):  # else it is the ASGI bridge, which is strict
+            parser = cast("WebSocketReader", StrictReader(parser))
+        super().set_parser(parser, data_received_cb)
 
     # ------------------------------------------------------------------ writing
 
