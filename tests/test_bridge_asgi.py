@@ -1249,6 +1249,18 @@ def test_an_application_without_lifespan_is_served_all_the_same(serve, caplog):
     assert not caplog.records
 
 
+def test_a_startup_that_raises_is_told_and_the_application_is_served(serve, caplog):
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            raise ConnectionError("the cache is away")
+        await send(start())
+        await send(body(b"ok"))
+
+    assert serve(application).get("/").body == b"ok"
+    assert "start-up raised ConnectionError('the cache is away')" in caplog.text
+
+
 def test_an_application_that_ignores_lifespan_is_served_all_the_same(serve):
     async def application(scope, receive, send):
         if scope["type"] == "http":

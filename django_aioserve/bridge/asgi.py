@@ -238,6 +238,9 @@ class _Lifespan:
                 pass  # it said so before
             elif self._started.is_set():
                 logger.error("The ASGI application's lifespan ended with an error", exc_info=error)
+            elif self._asked:
+                # The specification wants it to be served all the same.
+                logger.warning("The ASGI application's start-up raised %r", error)
             else:
                 logger.debug("The ASGI application has no lifespan: %r", error)
         finally:
