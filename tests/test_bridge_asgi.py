@@ -1749,6 +1749,35 @@ def test_a_flood_of_small_frames_is_answered(serve):
         assert received == b"\x8a\x00" * 50_000 + b"\x81\x03end"
 
 
+def test_a_flood_of_messages_that_inflate_holds_up_nobody(serve):
+    @websocket
+    async def application(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        rounds = 0
+
+        async def count():
+            nonlocal rounds
+            while True:
+                rounds += 1
+                await asyncio.sleep(0)
+
+        await receive()
+        counting = asyncio.create_task(count())
+        for _ in range(49):
+            await receive()
+        counting.cancel()
+        await send({"type": "websocket.send", "text": str(rounds)})
+
+    extensions = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+    with raw_websocket(serve(application), **extensions) as connection:
+        connection.send(client_frame(0x2, deflate(bytes(100_000)), rsv=4) * 50)
+        first, rounds = read_frame(connection)
+        assert first == 0x81
+        # Each is more than may wait: the loop goes round for each.
+        assert int(rounds) >= 49
+
+
 def test_messages_that_the_application_does_not_take_stay_with_the_client(serve):
     gate = asyncio.Event()
 

@@ -102,6 +102,7 @@ class WebSocketExchange(Exchange):
         self._waiting = 0
         #: The client waits until the application has taken something.
         self._stalled = False
+        self._parses_soon = False
         self._pings: list[bytes] = []
         #: How many wait for a message: whoever does has answered those before it.
         self._idle = 0
@@ -133,7 +134,7 @@ class WebSocketExchange(Exchange):
         event, size = self._inbox.popleft()
         self._waiting -= size
         if self._stalled and self._waiting <= _INBOX // 2:
-            self._parse()
+            self._parse_soon()
         return event
 
     async def send(self, message: Message) -> None:
@@ -239,8 +240,15 @@ class WebSocketExchange(Exchange):
         """Note that the connection is gone."""
         self.lost()
 
+    def _parse_soon(self) -> None:
+        """Parse in the loop's next round: others are to have their turn in between."""
+        if not self._parses_soon:
+            self._parses_soon = True
+            self._loop.call_soon(self._parse)
+
     def _parse(self) -> None:
         """Take events from the frames, as many as there is room for."""
+        self._parses_soon = False
         frames = self._frames
         if frames is None:
             return
@@ -256,8 +264,7 @@ class WebSocketExchange(Exchange):
                 return
             self._take(event)
         else:
-            # Others are to have their turn in between.
-            self._loop.call_soon(self._parse)
+            self._parse_soon()
         self._send_pongs()
         if not self._stalled:
             self._stalled = True
