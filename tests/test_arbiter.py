@@ -190,6 +190,24 @@ def test_the_users_predicate_decides(kiosk, project):
     assert events(server)[0]["text"] == "thirty"
 
 
+@pytest.mark.allow_tracebacks
+def test_a_predicate_that_raises_ends_no_worker(kiosk, project):
+    code = "def when(sample):\n    raise ValueError('no such figure')\n"
+    (project / "kiosk" / "policy.py").write_text(code)
+    server = kiosk("--recycle-when=kiosk.policy.when", "--max-requests=100", project=project)
+    with Load(server.address, *HABITS) as load:
+        wait_until(lambda: len(events(server)) >= 2, SOON)
+        tally = load.finish()
+    nothing_lost(tally)
+    assert {event["reason"] for event in events(server)} == {"max_requests"}
+    assert "died" not in server.log_text()
+    pids = re.findall(
+        r"\[(\d+)\] \[ERROR\] The function of AIOSERVE_RECYCLE_WHEN", server.log_text()
+    )
+    assert pids
+    assert len(pids) == len(set(pids))
+
+
 def test_warmup_paths_are_asked_before_a_worker_counts_as_ready(kiosk, tmp_path):
     path = tmp_path / "access.log"
     server = kiosk(

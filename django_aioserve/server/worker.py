@@ -308,9 +308,21 @@ class RecyclingWorker(GunicornWebWorker):
         )
         if self.slot is not None:
             self.slot["rss"] = sample.rss
-        if self._reason is None and (reason := recycling.decide(self.limits, sample)) is not None:
+        if self._reason is None and (reason := self._decide(sample)) is not None:
             self._retire(reason)
         return sample
+
+    def _decide(self, sample: recycling.Sample) -> recycling.Reason | None:
+        try:
+            return recycling.decide(self.limits, sample)
+        except Exception:
+            # It would end this worker, and each that comes after it, with what they answer.
+            self.log.exception(
+                "The function of AIOSERVE_RECYCLE_WHEN has failed; "
+                "this worker asks it no more and goes by its other limits"
+            )
+            self.limits = dataclasses.replace(self.limits, when=None)
+            return recycling.decide(self.limits, sample)
 
     async def _drain(self, runner: web.AppRunner, config: Config) -> None:
         front, reason = self.front, self._reason
