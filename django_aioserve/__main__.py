@@ -7,10 +7,13 @@ import os
 import sys
 
 if __name__ == "__main__":  # not where multiprocessing imports it again in its children
-    if launch := os.environ.get("DJANGO_AIOSERVE_LAUNCH"):
-        # Before the import: this package may be on a path that manage.py has added.
-        sys.path[:] = json.loads(launch)["path"]
+    try:
+        if launch := os.environ.get("DJANGO_AIOSERVE_LAUNCH"):
+            # Before the import: this package may be on a path that manage.py has added.
+            sys.path[:] = json.loads(launch)["path"]
 
-    from django_aioserve.server.launcher import main
+        from django_aioserve.server.launcher import main
 
-    main()
+        main()
+    except KeyboardInterrupt:  # before the arbiter has its signal handlers
+        sys.exit(130)

@@ -16,7 +16,7 @@ from django_aioserve.bridge.threads import ThreadPool
 from django_aioserve.conf import Config
 from django_aioserve.keys import CONFIG, HOMES, POOL, SHORT_WAY, ShortWay
 
-__all__ = ["build_application", "close_streams", "get_aio_application"]
+__all__ = ["build_application", "close_streams", "get_aio_application", "is_asgi"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 WSGICallable = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -181,13 +181,17 @@ async def _load_urls(_: web.Application) -> None:
 def _require_wsgi(application: object) -> None:
     if isinstance(application, web.Application):
         raise TypeError("get_aio_application() takes a WSGI callable, no aiohttp application.")
-    if not callable(application) or inspect.iscoroutinefunction(
-        getattr(application, "__call__", None)  # noqa: B004  # instances of Django's ASGIHandler
-    ):
+    if not callable(application) or is_asgi(application):
         raise TypeError(
             f"get_aio_application() takes a WSGI callable, not {application!r}; "
             'for an ASGI application set AIOSERVE_INTERFACE = "asgi".'
         )
+
+
+def is_asgi(application: object) -> bool:
+    """Tell whether this is a coroutine function or, as Django's ASGIHandler, is called like one."""
+    call = getattr(application, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(application) or inspect.iscoroutinefunction(call)
 
 
 def _project_application(setting: str) -> Any:

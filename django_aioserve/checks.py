@@ -83,13 +83,14 @@ def _import_problems(config: Config) -> Iterator[Problem]:
     if not config.recycle_when:
         return
     try:
-        found = conf.import_dotted(config.recycle_when)
+        found = config.imported("recycle_when", config.recycle_when)
     except ImportError as error:
-        expected = f"the dotted path of a function: {error}"
+        expected = f"the dotted path of a function of a Sample; {error}"
         yield config.problem("recycle_when", expected, id="E002")
         return
-    if not callable(found):
-        yield config.problem("recycle_when", "the dotted path of a function", id="E002")
+    if not conf.can_be_called(found, 1):
+        expected = f"the dotted path of a function of a Sample, not {found!r}"
+        yield config.problem("recycle_when", expected, id="E002")
 
 
 def check_deployment(**_: Any) -> list[checks.CheckMessage]:

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import ipaddress
 import math
 import os
@@ -42,6 +43,7 @@ __all__ = [
     "Option",
     "Source",
     "available_cpus",
+    "can_be_called",
     "import_dotted",
     "memory_limit",
     "memory_room",
@@ -752,6 +754,21 @@ class Config:
         shown = value if isinstance(option.kind, GunicornSettings) else option.kind.show(value)
         return Problem(source.name, str(source), shown, expected, id)
 
+    def imported(self, name: str, path: str) -> Any:
+        """Import the dotted path that the option ``name`` has given.
+
+        Raises what `import_dotted` does; what the module itself raises bears a note that
+        names the option.
+        """
+        try:
+            return import_dotted(path)
+        except ImportError:
+            raise  # the caller makes a `Problem` of it
+        except Exception as error:
+            source = self.source(name)
+            error.add_note(f'{source.name} ({source}) is "{path}"')
+            raise
+
     def dump(self) -> dict[str, Any]:
         """Give all values and their sources as JSON can carry them; `load` takes them back."""
         return {
@@ -885,7 +902,7 @@ def _unknown_names(settings: object, environment: Mapping[str, str]) -> Iterable
                 expected = f"{name} in the Django settings, for it is a dictionary"
             else:
                 bare = [each.removeprefix(PREFIX) for each in allowed]
-                near = difflib.get_close_matches(name.removeprefix(PREFIX), bare, 1)
+                near = difflib.get_close_matches(name.removeprefix(PREFIX).upper(), bare, 1)
                 expected = (
                     f"a known option; did you mean {PREFIX}{near[0]}?" if near else "a known option"
                 )
@@ -898,10 +915,15 @@ def _contradictions(config: Config) -> Iterable[Problem]:
     for name in ("max_requests", "max_lifetime"):
         if getattr(config, f"{name}_jitter") and not getattr(config, name):
             yield config.problem(f"{name}_jitter", f"{PREFIX}{name.upper()} to be set with it")
+    if 0 < config.max_lifetime < config.min_lifetime:
+        yield config.problem("min_lifetime", f"no more than {PREFIX}MAX_LIFETIME")
     if 0 < config.max_rss_total < config.max_rss:
         yield config.problem("max_rss_total", "no less than AIOSERVE_MAX_RSS")
     if not config.bind:
         yield config.problem("bind", "at least one address")
+    fixed = [address for address in map(parse_bind, config.bind) if not _is_any_port(address)]
+    if len(set(fixed)) < len(fixed):
+        yield config.problem("bind", "each address once")
 
 
 # --------------------------------------------------------------------------- helpers
@@ -936,6 +958,10 @@ def parse_bind(text: str) -> tuple[str, int] | str | int:
     return host or "0.0.0.0", int(match[2])  # noqa: S104  # as everybody reads ":8000"
 
 
+def _is_any_port(address: tuple[str, int] | str | int) -> bool:
+    return isinstance(address, tuple) and address[1] == 0
+
+
 def import_dotted(path: str) -> Any:
     """Import ``package.module.name`` (or ``name.attribute``).
 
@@ -956,6 +982,19 @@ def import_dotted(path: str) -> Any:
             found = getattr(found, attribute)
         return found
     raise ImportError(f'there is no module "{parts[0]}"')
+
+
+def can_be_called(value: Any, arguments: int) -> bool:
+    """Tell whether ``value`` is no coroutine function and takes so many arguments."""
+    if not callable(value) or inspect.iscoroutinefunction(value):
+        return False
+    try:
+        inspect.signature(value).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # written in C, without a signature
+        return True
+    return True
 
 
 def available_cpus(cgroup: str = "/sys/fs/cgroup") -> int:

@@ -480,10 +480,10 @@ def load_middlewares(config: Config) -> list[Any]:
 def load_cleanup_ctx(config: Config) -> list[Callable[[web.Application], AsyncIterator[None]]]:
     """Give what AIOSERVE_CLEANUP_CTX names, for ``app.cleanup_ctx``.
 
-    Raises `ConfigurationError` for each that cannot be called.
+    Raises `ConfigurationError` for each that cannot be called with the application.
     """
     expected = "an asynchronous generator function that takes the application"
-    return [value for _, value in _load(config, "cleanup_ctx", "E012", callable, expected)]
+    return [value for _, value in _load(config, "cleanup_ctx", "E012", _takes_one, expected)]
 
 
 def _load(
@@ -493,7 +493,7 @@ def _load(
     found, problems = [], []
     for path in getattr(config, option):
         try:
-            value = conf.import_dotted(path)
+            value = config.imported(option, path)
         except ImportError as error:
             problems.append(_problem(config, option, path, f"{expected}; {error}", id_))
             continue
@@ -544,11 +544,11 @@ def _is_routes(value: object) -> bool:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return all(isinstance(item, web.AbstractRouteDef) for item in value)
     # An application is callable, but it lacks its prefix.
-    return (
-        callable(value)
-        and not isinstance(value, web.Application)
-        and not inspect.iscoroutinefunction(value)
-    )
+    return _takes_one(value) and not isinstance(value, web.Application)
+
+
+def _takes_one(value: object) -> bool:
+    return conf.can_be_called(value, 1)
 
 
 def _is_mount(value: object) -> bool:

@@ -564,11 +564,11 @@ def _change_headers(config: Config) -> HeadersFunction | None:
     if not config.static_headers:
         return None
     try:
-        function = conf.import_dotted(config.static_headers)
+        function = config.imported("static_headers", config.static_headers)
     except ImportError as error:
         reason = f"a function that can be imported ({error})"
     else:
-        if callable(function):
+        if conf.can_be_called(function, 3):
             return function  # type: ignore[no-any-return]
         reason = f"a function of (headers, path, url), not {function!r}"
     raise ConfigurationError([config.problem("static_headers", reason, id="E013")])

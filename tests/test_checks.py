@@ -124,6 +124,46 @@ def test_what_gunicorn_takes_passes(name: str, value: Any) -> None:
         assert checks.check_settings() == []
 
 
+# --- functions --------------------------------------------------------------------------------
+
+
+def of_a_sample(sample: object) -> str | None:
+    """Asked whether a worker is to be replaced."""
+    return None
+
+
+async def later(sample: object) -> str | None:
+    """What nobody would await."""
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", 'there is no "nothing" in tests.test_checks'),
+        ("REFUSED", "not [("),
+        ("of_two", "not <function of_two"),
+        ("later", "not <function later"),
+    ],
+)
+def test_what_is_no_function_of_a_sample_is_refused(name: str, said: str) -> None:
+    with override_settings(AIOSERVE_RECYCLE_WHEN=f"tests.test_checks.{name}"):
+        (message,) = checks.check_settings()
+    assert message.id == "aioserve.E002"
+    assert "expected the dotted path of a function of a Sample" in message.msg
+    assert said in message.msg
+
+
+def of_two(sample: object, more: object) -> None:
+    """Takes more than it is given."""
+
+
+@pytest.mark.parametrize("function", [of_a_sample, bool, "builtins.print"])
+def test_a_function_of_a_sample_passes(function: object) -> None:
+    with override_settings(AIOSERVE_RECYCLE_WHEN=function):
+        assert checks.check_settings() == []
+
+
 # --- deployment -------------------------------------------------------------------------------
 
 

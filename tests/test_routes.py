@@ -228,6 +228,9 @@ def test_a_method_that_the_native_route_lacks_is_django_s() -> None:
         ("routes", PROJECT + "bare_application", "a prefix with a sub-application"),
         ("middlewares", PROJECT + "live", "a function decorated with aiohttp.web.middleware"),
         ("cleanup_ctx", PROJECT + "wrong", "an asynchronous generator function"),
+        ("cleanup_ctx", PROJECT + "live", "an asynchronous generator function"),
+        ("cleanup_ctx", "builtins.object", "an asynchronous generator function"),
+        ("routes", "builtins.object", "a function that takes the application"),
     ],
 )
 def test_a_wrong_path_names_itself(option: str, path: str, reason: str) -> None:

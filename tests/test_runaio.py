@@ -209,6 +209,22 @@ MISTAKES = [
         ["--max-request=5"],
         "unrecognized arguments: --max-request=5; did you mean --max-requests?",
     ),
+    Mistake(
+        "unknown variable of another case",
+        [],
+        "expected a known option; did you mean AIOSERVE_WORKERS?",
+        env={"AIOSERVE_workers": "2"},
+    ),
+    Mistake(
+        "one address twice",
+        ["8000", "--bind=127.0.0.1:8000"],
+        '--bind (command line) is "8000,127.0.0.1:8000"; expected each address once.',
+    ),
+    Mistake(
+        "no lifetime is long enough",
+        ["--max-lifetime=1h", "--min-lifetime=2h"],
+        '--min-lifetime (command line) is "7200"; expected no more than AIOSERVE_MAX_LIFETIME.',
+    ),
     Mistake("two addresses", ["8000", "8001"], "unrecognized arguments: 8001"),
     Mistake(
         "unknown setting",
@@ -572,6 +588,16 @@ def test_a_file_that_may_not_be_written_is_told(
     assert problem.expected == "a path that this user may write to"
 
 
+def test_a_pidfile_wants_a_directory_that_may_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pid"
+    path.touch()
+    monkeypatch.setattr(os, "access", lambda file, _: file == path)
+    (problem,) = machine_problems(Config(pidfile=str(path)))
+    assert problem.expected == "a path in a directory that this user may write to"
+
+
 def test_each_of_several_mistakes_has_its_line(shop: Path) -> None:
     done = command(shop, "--workers=x", "--threads=y")
     assert done.returncode == 1
@@ -684,6 +710,62 @@ def test_what_the_project_raises_in_the_checks_is_one_line_unless_more_is_wanted
     assert "Traceback" in command(project, "127.0.0.1:0", "--traceback").stdout
 
 
+@pytest.mark.parametrize("option", ["routes", "middlewares", "cleanup_ctx", "static_headers"])
+def test_a_module_that_raises_is_told_with_the_option_that_names_it(
+    shop: Path, tmp_path: Path, option: str
+) -> None:
+    project = shutil.copytree(shop, tmp_path / "broken")
+    (project / "raises.py").write_text("\nraise ValueError('broken')\n")
+    flag = "--" + option.replace("_", "-")
+    done = command(project, "127.0.0.1:0", f"{flag}=raises.it")
+    assert (done.returncode, done.stdout) == (
+        1,
+        f"CommandError: The system checks raised ValueError: broken; {flag} (command line) is "
+        f'"raises.it" ({project}/raises.py, line 2). --traceback shows more.\n',
+    )
+
+
+def test_a_project_that_exits_is_told(shop: Path, tmp_path: Path) -> None:
+    project = shutil.copytree(shop, tmp_path / "exits")
+    (project / "shop" / "wsgi.py").write_text("import sys\n\nsys.exit(0)\n")
+    place = f"({project}/shop/wsgi.py, line 3)"
+    checked = command(project, "--check-config")
+    assert checked.returncode == 1
+    assert checked.stdout.endswith(f"raised SystemExit: 0 {place}. --traceback shows more.\n")
+
+    started = command(project, "127.0.0.1:0")
+    assert started.returncode == 3
+    assert last_line(started).endswith(f"Reason: SystemExit: 0 {place}")
+
+
+#: Has a process interrupted, as Ctrl-C does, where it begins to import the module.
+INTERRUPT = """\
+import os, signal, sys
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"] and sys.argv[0].endswith(os.environ["IN"]):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [("manage.py", "shop.urls"), ("__main__.py", "django_aioserve.server.launcher")],
+)
+def test_an_interrupted_start_says_nothing(
+    shop: Path, tmp_path: Path, program: str, module: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT)
+    env = {"PYTHONPATH": str(tmp_path), "IN": program, "INTERRUPTED_AT": module}
+    done = command(shop, "127.0.0.1:0", env=env)
+    assert (done.returncode, done.stdout) == (130, "")
+
+
 def test_what_django_raises_in_the_checks_is_told_without_a_place(shop: Path) -> None:
     done = command(shop, "127.0.0.1:0", settings="ROOT_URLCONF = 'nothing'")
     assert (done.returncode, done.stdout) == (
@@ -696,6 +778,36 @@ def test_what_django_raises_in_the_checks_is_told_without_a_place(shop: Path) ->
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
     assert done.stdout, done
     return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("interface", "module", "said"),
+    [
+        (
+            "wsgi",
+            "asgi",
+            "a WSGI application; for an ASGI application, such as this one, set ASGI_",
+        ),
+        (
+            "asgi",
+            "wsgi",
+            "an ASGI application; for a WSGI application, such as this one, set WSGI_",
+        ),
+    ],
+)
+def test_an_application_of_the_other_interface_is_told(
+    shop: Path, tmp_path: Path, interface: str, module: str, said: str
+) -> None:
+    project = shutil.copytree(shop, tmp_path / "confused")
+    (project / "shop" / "asgi.py").write_text(
+        "from django.core.asgi import get_asgi_application as make\n\napplication = make()\n"
+    )
+    path = f"shop.{module}.application"
+    settings = f"{interface.upper()}_APPLICATION = {path!r}"
+    done = command(project, "--check-config", f"--interface={interface}", settings=settings)
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert f'{interface.upper()}_APPLICATION (Django settings) is "{path}"; expected {said}' in line
 
 
 def test_an_application_whose_import_fails(shop: Path, tmp_path: Path) -> None:

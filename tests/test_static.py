@@ -623,7 +623,9 @@ def test_media_without_a_place_is_w013(tmp_path: Path) -> None:
     assert ids(config, MEDIA_URL="media/", MEDIA_ROOT=tmp_path, **here) == []
 
 
-@pytest.mark.parametrize("path", [HERE + "add_haeder", HERE + "not_a_function"])
+@pytest.mark.parametrize(
+    "path", [HERE + "add_haeder", HERE + "not_a_function", "os.path.exists", "asyncio.sleep"]
+)
 def test_a_wrong_headers_function_names_itself(path: str, tmp_path: Path) -> None:
     config = Config(static_headers=path)
     assert ids(config, STATIC_ROOT=tmp_path) == ["aioserve.E013"]

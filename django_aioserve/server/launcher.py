@@ -355,10 +355,7 @@ def main() -> NoReturn:
     data = Launch.load(text)
     sys.path[:] = data.path
     conf.set_flags(data.flags)
-    try:
-        AioserveApplication(data).run()
-    except KeyboardInterrupt:  # before the arbiter has its signal handlers
-        sys.exit(130)
+    AioserveApplication(data).run()
     sys.exit(0)
 
 
@@ -374,6 +371,9 @@ def is_there(path: str) -> bool:
         return not path or importlib.util.find_spec(path.rpartition(".")[0]) is not None
     except (ImportError, ValueError):
         return False
+
+
+_ARTICLE = {"wsgi": "a WSGI", "asgi": "an ASGI"}
 
 
 def load_application(interface: str, path: str) -> web.Application:
@@ -397,8 +397,17 @@ def load_application(interface: str, path: str) -> web.Application:
     if not callable(found):
         expected = f"the dotted path of an application; what is there is {type(found).__name__}"
         raise ConfigurationError([_application_problem(interface, path, expected)])
-    from django_aioserve.application import build_application
+    from django.core.handlers.wsgi import WSGIHandler
 
+    from django_aioserve.application import build_application, is_asgi
+
+    if is_asgi(found) if interface == "wsgi" else isinstance(found, WSGIHandler):
+        other = "asgi" if interface == "wsgi" else "wsgi"
+        expected = (
+            f"{_ARTICLE[interface]} application; for {_ARTICLE[other]} application, such as "
+            f'this one, set {other.upper()}_APPLICATION and AIOSERVE_INTERFACE = "{other}"'
+        )
+        raise ConfigurationError([_application_problem(interface, path, expected)])
     config = conf.resolve()
     if interface == "asgi":
         return build_application(config, asgi_application=found)

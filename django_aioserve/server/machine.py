@@ -32,7 +32,7 @@ def machine_problems(config: Config) -> Iterator[Problem]:
     if config.access_log not in ("", "-"):
         yield from _writable(config, "access_log")
     if config.pidfile:
-        yield from _writable(config, "pidfile")
+        yield from _writable(config, "pidfile", anew=True)
         yield from _running(config)
 
 
@@ -94,12 +94,14 @@ def _no_passphrase() -> str:
     raise _PassphraseWantedError  # else OpenSSL asks for it at the terminal
 
 
-def _writable(config: Config, name: str) -> Iterator[Problem]:
+def _writable(config: Config, name: str, *, anew: bool = False) -> Iterator[Problem]:
     path = Path(getattr(config, name))
     if path.is_dir():
         yield config.problem(name, "a path that is no directory", id="E005")
     elif not path.parent.is_dir():
         yield config.problem(name, "a path in a directory that exists", id="E005")
+    elif anew and not os.access(path.parent, os.W_OK):  # Gunicorn moves a new file there
+        yield config.problem(name, "a path in a directory that this user may write to", id="E005")
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
         yield config.problem(name, "a path that this user may write to", id="E005")
 

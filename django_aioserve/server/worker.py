@@ -112,9 +112,10 @@ class RecyclingWorker(GunicornWebWorker):
         try:
             # Past aiohttp's init_process, which would make a loop of its own choice.
             super(GunicornWebWorker, self).init_process()
-        except Exception as error:
-            if self.slot is not None and self.slot.state is State.BOOTING:
-                self.slot.text = _cause(error)
+        except (Exception, SystemExit) as error:
+            slot = self.slot
+            if slot is not None and slot.state is State.BOOTING and not self._ends_in_boot:
+                slot.text = _cause(error)
             raise
 
     def init_signals(self) -> None:

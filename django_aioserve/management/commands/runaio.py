@@ -103,6 +103,10 @@ class Command(BaseCommand):
                     messages = checks.check_settings()
                 _raise(messages)
             return super().execute(*args, **options)
+        except KeyboardInterrupt:
+            if getattr(self, "_called_from_command_line", False):
+                sys.exit(130)
+            raise
         finally:
             conf.set_flags({})
 
@@ -216,13 +220,14 @@ def _in_one_line(what: str) -> Iterator[None]:
         yield
     except CommandError:
         raise
-    except Exception as error:
-        said = " ".join(str(error).split()).rstrip(".")
+    except (Exception, SystemExit) as error:
+        notes = getattr(error, "__notes__", [])
+        said = " ".join("; ".join([str(error), *notes]).split()).rstrip(".")
         text = f"{what} raised {type(error).__name__}: {said}"
         raise CommandError(f"{text}{_place(error)}. --traceback shows more.") from error
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Name the last line of the project's own code that led to ``error``, if there is one."""
     others = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     others += [str(Path(__file__).parents[2]), "<"]
