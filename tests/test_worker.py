@@ -324,6 +324,17 @@ def test_the_access_log_has_gunicorns_atoms(kiosk, tmp_path):
     assert 0.05 <= float(values["%(L)s"]) < SOON
 
 
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "unix:{directory}/socket"])
+def test_the_access_log_has_the_address_that_the_view_has(kiosk, tmp_path, bind):
+    path = tmp_path / "access.log"
+    bind = bind.format(directory=tmp_path)
+    server = kiosk(f"--access-log={path}", "--access-log-format=%(h)s", bind=(bind,))
+    server.request("GET", "/", [("X-Forwarded-For", "203.0.113.9, 198.51.100.7")])
+    server.get("/")
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) == 2, SOON)
+    assert path.read_text().splitlines() == ["198.51.100.7", "127.0.0.1"]
+
+
 def test_each_request_has_its_line_in_the_access_log(kiosk, tmp_path):
     path = tmp_path / "access.log"
     server = kiosk(f"--access-log={path}", "--access-log-format=%(r)s %(s)s")

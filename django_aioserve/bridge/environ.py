@@ -48,6 +48,7 @@ _MOST_HOPS = 32
 _MOST_NAMES = 1024
 _LONGEST_NAME = 64
 
+_FORWARDED_FOR = b"x-forwarded-for"
 _PROTOCOLS = {(1, 1): "HTTP/1.1", (1, 0): "HTTP/1.0"}
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
@@ -253,6 +254,16 @@ class RequestMeta:
         """
         protocol = request.protocol
         return Origin(*self._ends(protocol.peername, protocol.sockname))
+
+    def client(self, request: web.BaseRequest) -> str:
+        """The address that REMOTE_ADDR of the request's environ is."""
+        origin = self.origin(request)
+        if origin.trusted:
+            # aiohttp's stand-in for a request that is malformed has no multidict.
+            told = [item for name, item in request.raw_headers if name.lower() == _FORWARDED_FOR]
+            client = self._trust.client(b",".join(told).decode("latin-1")) if told else None
+            return client or origin.remote_addr
+        return origin.remote_addr or request.remote or ""  # of a connection that is gone
 
     def script_name(self, request: web.BaseRequest) -> str:
         """The mount point of the handler, as SCRIPT_NAME has it: without a slash at its end.

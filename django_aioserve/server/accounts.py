@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -15,14 +16,14 @@ __all__ = ["GunicornAccessLogger", "GunicornRequest", "GunicornResponse"]
 class GunicornRequest:
     """A request as Gunicorn's hooks and its access log read it."""
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, client: str) -> None:
         self.method = request.method
         self.uri = request.raw_path
         self.path = request.path
         self.query = request.rel_url.raw_query_string
         self.version = tuple(request.version)
         self.headers = [(name.upper(), value) for name, value in request.headers.items()]
-        self._request = request
+        self._client = client
 
     @property
     def environ(self) -> dict[str, str]:
@@ -34,7 +35,7 @@ class GunicornRequest:
             "PATH_INFO": self.path,
             "QUERY_STRING": self.query,
             "SERVER_PROTOCOL": "HTTP/{}.{}".format(*self.version),
-            "REMOTE_ADDR": self._request.remote or "",
+            "REMOTE_ADDR": self._client,
         }
 
 
@@ -51,15 +52,23 @@ class GunicornResponse:
 class GunicornAccessLogger(AbstractAccessLogger):
     """Writes aiohttp's accesses by Gunicorn's logger, in Gunicorn's format."""
 
-    __slots__ = ("_gunicorn",)
+    __slots__ = ("_client", "_gunicorn")
 
-    def __init__(self, logger: logging.Logger, log_format: str, *, gunicorn: Any) -> None:
+    def __init__(
+        self,
+        logger: logging.Logger,
+        log_format: str,
+        *,
+        gunicorn: Any,
+        client: Callable[[web.BaseRequest], str],
+    ) -> None:
         super().__init__(logger, log_format)
         self._gunicorn = gunicorn
+        self._client = client
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         """Log one access; ``time`` is what it took, in seconds."""
-        described = GunicornRequest(request)
+        described = GunicornRequest(request, self._client(request))
         self._gunicorn.access(
             GunicornResponse(response),
             described,

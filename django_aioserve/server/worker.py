@@ -31,6 +31,7 @@ from gunicorn.sock import ssl_context
 
 from django_aioserve import conf
 from django_aioserve.application import close_streams
+from django_aioserve.bridge.environ import request_meta
 from django_aioserve.bridge.threads import QueueFull, ThreadPool
 from django_aioserve.conf import Config
 from django_aioserve.keys import CONFIG, POOL, SHORT_WAY
@@ -106,6 +107,7 @@ class RecyclingWorker(GunicornWebWorker):
         self._rss_at_ready = 0
         self._reported = ""
         self._gc_threshold = gc.get_threshold()
+        self._client: Callable[[web.BaseRequest], str] = lambda _: ""
 
     def init_process(self) -> None:
         """Boot: Gunicorn's part of it. The loop is made in `run`, once the settings are known."""
@@ -184,6 +186,7 @@ class RecyclingWorker(GunicornWebWorker):
             log=self.log,
             answered=self._answered,
         )
+        self._client = request_meta(config).client
         self._watch_signals()
         if self._ends_in_boot:
             self._end_boot()
@@ -208,7 +211,9 @@ class RecyclingWorker(GunicornWebWorker):
         if self.log.access_log_enabled:
             options |= {
                 "access_log": self.log.access_log,
-                "access_log_class": partial(GunicornAccessLogger, gunicorn=self.log),
+                "access_log_class": partial(
+                    GunicornAccessLogger, gunicorn=self.log, client=self._client
+                ),
             }
         factory = partial(Connection, server, front, **options)
         for path in config.warmup:
@@ -567,7 +572,7 @@ class RecyclingWorker(GunicornWebWorker):
 
         async def guarded(request: web.BaseRequest) -> web.StreamResponse:
             if before is not None:
-                before(self, GunicornRequest(request))
+                before(self, GunicornRequest(request, self._client(request)))
             if request.version != HttpVersion11 and (status := _refusal_of_version(request)):
                 refusal = web.Response(status=status)
                 refusal.force_close()
@@ -580,7 +585,7 @@ class RecyclingWorker(GunicornWebWorker):
         return guarded
 
     def _post_request(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        described = GunicornRequest(request)
+        described = GunicornRequest(request, self._client(request))
         self.cfg.post_request(self, described, described.environ, GunicornResponse(response))
 
 
