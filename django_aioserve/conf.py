@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+from urllib.parse import urlsplit
 
 import environ  # type: ignore[import-untyped]
 
@@ -165,10 +166,17 @@ def _show_size(value: int) -> str:
 
 class Size(Kind):
     metavar = "SIZE"
-    expected = "a size in bytes such as 1048576, 512K, 512M or 2G"
+
+    def __init__(self, low: int = 0) -> None:
+        self.low = low
+        at_least = f" of at least {low}" if low else ""
+        self.expected = f"a size in bytes{at_least} such as 1048576, 512K, 512M or 2G"
 
     def clean(self, value: Any) -> int:
-        return _size(value)
+        size = _size(value)
+        if size < self.low:
+            raise ValueError
+        return size
 
     def show(self, value: int) -> str:
         return _show_size(value)
@@ -348,6 +356,20 @@ class Network(Kind):
         return text
 
 
+class Origin(Kind):
+    metavar = "ORIGINS"
+    expected = 'an origin such as https://example.com or https://*.example.com, or "*"'
+
+    def clean(self, value: Any) -> str:
+        text = Text().clean(value)
+        if text != "*":
+            parts = urlsplit(text)
+            _ = parts.port  # ValueError where it is none
+            if not (parts.scheme and parts.hostname) or parts.path.strip("/") or parts.query:
+                raise ValueError
+        return text
+
+
 class DottedPath(Kind):
     """A dotted path (``package.module.name``) or, in Django's settings, the object itself."""
 
@@ -485,7 +507,7 @@ class Config:
         'Unix sockets, "*" for all. From other peers these headers are removed.',
     )
     max_body_size: int = _option(
-        1 << 30, Size(), _SOCKETS, "Largest request body; a larger one is answered with 413."
+        1 << 30, Size(1), _SOCKETS, "Largest request body; a larger one is answered with 413."
     )
 
     # Workers
@@ -691,7 +713,7 @@ class Config:
     media: bool = _option(False, Boolean(), _APPLICATION, "Serve MEDIA_URL from MEDIA_ROOT.")
     websocket_origins: tuple[str, ...] = _option(
         (),
-        Items(Text("an origin such as https://example.com, or *"), "origins"),
+        Items(Origin(), "origins"),
         _APPLICATION,
         "Origins from which WebSockets may be opened, besides the host itself and "
         "CSRF_TRUSTED_ORIGINS.",

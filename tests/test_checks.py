@@ -82,6 +82,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("http2_max_frame_size", 1, "aiohttp speaks HTTP here"),
     ("worker_class", "sync", "django_aioserve.server.worker.RecyclingWorker or a subclass"),
     ("worker_class", "nowhere.Worker", "what Gunicorn accepts: "),
+    ("worker_class", "tests.test_checks_nothing.Worker", "class uri 'tests.test_checks_nothing"),
+    ("logger_class", "nowhere.Logger", "class uri 'nowhere.Logger' invalid or not found"),
+    ("logger_class", "builtins.object", "gunicorn.glogging.Logger or a class like it"),
     ("umask", "rw", "what Gunicorn accepts: "),
     ("user", "no-such-user-here", "what Gunicorn accepts: No such user"),
     ("on_exit", "nowhere_at_all.hook", "what Gunicorn accepts: No module named"),
@@ -102,6 +105,7 @@ def test_what_gunicorn_does_not_take_is_refused_with_the_reason(
         (message,) = checks.check_settings()
     assert message.id == "aioserve.E004"
     assert message.msg.startswith(f'AIOSERVE_GUNICORN["{name}"] (Django settings) is ')
+    assert "\n" not in message.msg
     assert expected in message.msg
 
 

@@ -881,6 +881,7 @@ def test_help_shows_every_option_with_its_default_and_its_name(shop: Path) -> No
             assert f"Default: {default}. [{option.setting}]" in text
     for group in {option.group for option in OPTIONS.values() if option.flag}:
         assert f"{group}:" in done.stdout
+    assert "A duration is in seconds or has a unit: " in text
 
 
 def test_print_config_tells_each_value_and_where_it_came_from(shop: Path) -> None:
@@ -904,6 +905,14 @@ def test_print_config_shows_no_password(shop: Path) -> None:
     done = command(shop, "--print-config", "--groups-url=redis://user:secret@localhost/0")
     assert "secret" not in done.stdout
     assert "redis://***@localhost/0" in done.stdout
+
+
+def test_a_password_that_spoils_its_url_is_not_shown(shop: Path) -> None:
+    done = command(shop, "127.0.0.1:0", "--groups-url=redis://user:se/cret@localhost/0")
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert line.startswith('CommandError: --groups-url (command line) is "redis://***@localhost/0"')
+    assert "%2F for a slash in a password" in line
 
 
 def test_print_config_as_json_is_the_configuration(shop: Path) -> None:

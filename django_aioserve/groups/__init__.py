@@ -208,10 +208,25 @@ def check(config: Config) -> Iterable[Problem]:
         expected = 'a URL that begins with "redis://", "rediss://", "unix://" or "hub://"'
     elif importlib.util.find_spec("redis") is None:
         expected = "the redis client to be installed: pip install django-aioserve[redis]"
+    elif not _is_redis_url(url):
+        expected = (
+            "redis://USER:PASSWORD@HOST:PORT/DATABASE or the like, with %2F for a slash in a "
+            "password, %23 for # and %3F for ?"
+        )
     if expected is not None:
         source = config.source("groups_url")
-        shown = re.sub(r"//[^/@]*@", "//***@", url)
+        shown = re.sub(r"//.*@", "//***@", url)
         yield Problem(source.name, str(source), shown, expected, "E003")
+
+
+def _is_redis_url(url: str) -> bool:
+    from redis.asyncio.connection import parse_url
+
+    try:
+        parse_url(url)
+    except ValueError:
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------- inside

@@ -185,8 +185,11 @@ def _refusal(cfg: gunicorn.config.Config, name: str, value: Any) -> str:
         cfg.set(name, value)
         if name == "worker_class":
             return _worker_class_refusal(cfg)
+        if name == "logger_class" and not conf.can_be_called(cfg.logger_class, 1):
+            return "gunicorn.glogging.Logger or a class like it"
     except Exception as error:  # noqa: BLE001  # a validator raises anything, an import too
-        return f"what Gunicorn accepts: {error}"
+        said = str(error).partition("[Traceback")[0]  # where it imports a class
+        return f"what Gunicorn accepts: {' '.join(said.split()).rstrip(':')}"
     return ""
 
 
@@ -530,7 +533,7 @@ class AioserveApplication(BaseApplication):  # type: ignore[misc]
         try:
             self.arbiter_class(self).run()
         except (RuntimeError, AppImportError) as error:
-            sys.exit(f"Error: {error}")
+            sys.exit(f"Error: {str(error).removeprefix('Error: ')}")
 
     def _banner(self, listeners: Iterable[BaseSocket]) -> list[str]:
         import aiohttp

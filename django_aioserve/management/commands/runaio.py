@@ -45,6 +45,8 @@ class Command(BaseCommand):
             prog_name,
             subcommand,
             usage="%(prog)s [[ADDRESS:]PORT] [options]",
+            epilog="A size is in bytes or has a unit: 512K, 512M, 2G. A duration is in seconds or "
+            "has a unit: 500ms, 90s, 15m, 1h. Commas separate several values of one option.",
             allow_abbrev=False,
             **kwargs,
         )
@@ -150,7 +152,7 @@ class Command(BaseCommand):
         for option in conf.OPTIONS.values():
             source = config.source(option.name)
             value = option.kind.show(getattr(config, option.name))
-            value = re.sub(r"://[^/@\s]*@", "://***@", value)  # this is what people paste
+            value = re.sub(r"://\S*@", "://***@", value)  # this is what people paste
             name = "" if source.kind == "default" else f" {source.name}"
             self.stdout.write(f"{option.name:<24}{value:<28}  {source}{name}".rstrip())
 
