@@ -953,13 +953,14 @@ def test_the_banner_says_what_runs_where(shop: Path, runaio: Start) -> None:
     assert server.get("/").text == "hello"
 
 
-def test_a_closed_standard_output_stops_no_server(shop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_closed_output_stops_no_server(shop: Path, tmp_path: Path, closed: str) -> None:
     path = tmp_path / "socket"
-    serve = ["manage.py", "runaio", f"unix:{path}"]
+    serve = ["manage.py", "runaio", f"unix:{path}", "--bind=0.0.0.0:0"]
     with subprocess.Popen(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *python_command(), *serve],
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *python_command(), *serve],
         cwd=shop,
-        env=clean_environment(),
+        env={**clean_environment(), "MORE_SETTINGS": "DEBUG = True"},  # warned of, at 0.0.0.0
         stderr=subprocess.PIPE,
     ) as process:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import json
 import os
 import re
@@ -94,6 +95,11 @@ class Command(BaseCommand):
         """Resolve the options, so that Django's checks, which come first, know the flags."""
         if sys.platform == "win32":
             raise CommandError("runaio needs Linux, macOS or another Unix; use WSL on Windows.")
+        for name in ("stdout", "stderr"):
+            if (
+                getattr(sys, name) is None
+            ):  # closed: a warning must not keep the server from starting
+                options.setdefault(name, io.StringIO())
         conf.set_flags(_flags(options))
         try:
             # What is wrong with them is said in one line each, where Django's checks make a page.
