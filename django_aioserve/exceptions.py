@@ -28,8 +28,13 @@ class Problem:
     id: str = "E002"
 
     def __str__(self) -> str:
-        value = self.value if isinstance(self.value, str) else repr(self.value)
-        quoted = f'"{value}"' if isinstance(self.value, str) else value
+        if isinstance(self.value, str):
+            shown = self.value
+            if not shown.isprintable():  # it stays one line, and does nothing to the terminal
+                shown = shown.encode("unicode_escape").decode("ascii")
+            quoted = f'"{shown}"'
+        else:
+            quoted = repr(self.value)
         end = "" if self.expected.endswith("?") else "."
         return f"{self.where} ({self.source}) is {quoted}; expected {self.expected}{end}"
 

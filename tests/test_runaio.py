@@ -27,7 +27,7 @@ from django_aioserve.conf import OPTIONS, Boolean, Config
 from django_aioserve.exceptions import ConfigurationError
 from django_aioserve.server.launcher import AioserveApplication, Launch, _malloc, is_there
 from django_aioserve.server.listeners import DEFAULT, Permissions, bind_sockets
-from django_aioserve.server.machine import machine_problems
+from django_aioserve.server.machine import machine_problems, pidfile_problems
 from tests.support import (
     Runaio,
     children,
@@ -224,6 +224,11 @@ MISTAKES = [
         "no lifetime is long enough",
         ["--max-lifetime=1h", "--min-lifetime=2h"],
         '--min-lifetime (command line) is "7200"; expected no more than AIOSERVE_MAX_LIFETIME.',
+    ),
+    Mistake(
+        "two lines in a value",
+        ["--loop=uv\nloop\x1b"],
+        '--loop (command line) is "uv\\nloop\\x1b"; expected one of auto, uvloop, asyncio.',
     ),
     Mistake("two addresses", ["8000", "8001"], "unrecognized arguments: 8001"),
     Mistake(
@@ -577,7 +582,7 @@ def test_a_pidfile_of_no_other_living_process_is_taken_over(tmp_path: Path, text
         pass
     path = tmp_path / "pid"
     path.write_text(text.format(dead=ended.pid, own=os.getpid()))
-    assert list(machine_problems(Config(pidfile=str(path)))) == []
+    assert list(pidfile_problems(Config(pidfile=str(path)))) == []
 
 
 def test_a_file_that_may_not_be_written_is_told(
@@ -586,6 +591,16 @@ def test_a_file_that_may_not_be_written_is_told(
     monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may
     (problem,) = machine_problems(Config(access_log=str(tmp_path / "log")))
     assert problem.expected == "a path that this user may write to"
+
+
+def test_what_a_server_holds_is_no_mistake_of_the_next_release(
+    shop: Path, serving: Start, tmp_path: Path
+) -> None:
+    pidfile = tmp_path / "pid"
+    server = serving(f"--pidfile={pidfile}", project=shop)
+    address = "{}:{}".format(*server.address)
+    done = command(shop, "--check-config", address, f"--pidfile={pidfile}")
+    assert (done.returncode, done.stdout) == (0, "No mistakes were found.\n")
 
 
 def test_a_pidfile_wants_a_directory_that_may_be_written_to(

@@ -50,6 +50,7 @@ from django_aioserve.server.listeners import (
     passed_by_systemd,
     socket_files,
 )
+from django_aioserve.server.machine import pidfile_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -290,8 +291,11 @@ def launch(config: Config, flags: conf.Flags, application: str) -> NoReturn:
     """Make the sockets and become the arbiter: this process is replaced.
 
     ``application`` is the dotted path of the project's application, "" for Django's own
-    handler. Raises `ConfigurationError` where an address cannot be had.
+    handler. Raises `ConfigurationError` where an address cannot be had, or where the process
+    that has written the pidfile lives.
     """
+    if problems := [*pidfile_problems(config)]:
+        raise ConfigurationError(problems)
     environment = dict(os.environ)
     made: list[socket.socket] = []  # they would be closed if they were forgotten
     files: list[str] = json.loads(environment.pop(FILES_VARIABLE, "[]"))

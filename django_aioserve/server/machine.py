@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
     from django_aioserve.conf import Config
 
-__all__ = ["machine_problems"]
+__all__ = ["machine_problems", "pidfile_problems"]
 
 
 def machine_problems(config: Config) -> Iterator[Problem]:
     """Find what this machine lacks for ``config`` to be served here.
 
     Files that are not there or not what they should be, libraries that are not
-    installed. Addresses are tried by `django_aioserve.server.listeners.bind_sockets`.
+    installed. What a running server holds, its addresses and its pidfile, is no mistake
+    until another is started: `pidfile_problems`, `django_aioserve.server.listeners.bind_sockets`.
     """
     yield from _parser()
     if config.loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
@@ -33,7 +34,6 @@ def machine_problems(config: Config) -> Iterator[Problem]:
         yield from _writable(config, "access_log")
     if config.pidfile:
         yield from _writable(config, "pidfile", anew=True)
-        yield from _running(config)
 
 
 def _parser() -> Iterator[Problem]:
@@ -106,8 +106,9 @@ def _writable(config: Config, name: str, *, anew: bool = False) -> Iterator[Prob
         yield config.problem(name, "a path that this user may write to", id="E005")
 
 
-def _running(config: Config) -> Iterator[Problem]:
-    if is_upgrade(os.environ):  # the arbiter that wrote it is the one to take over from
+def pidfile_problems(config: Config) -> Iterator[Problem]:
+    """Find a living process that has written the pidfile, which a start would not replace."""
+    if not config.pidfile or is_upgrade(os.environ):  # its arbiter is the one to take over from
         return
     try:
         pid = int(Path(config.pidfile).read_text(encoding="ascii"))

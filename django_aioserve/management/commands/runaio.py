@@ -82,7 +82,8 @@ class Command(BaseCommand):
         parser.add_argument(
             "--check-config",
             action="store_true",
-            help="Check everything that a start would check, import the application, and exit.",
+            help="Check what a start would check, but for what a server that runs already holds "
+            "(addresses, pidfile); import the application, and exit.",
         )
         groups: dict[str, Any] = {}
         for option in conf.OPTIONS.values():
