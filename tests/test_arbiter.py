@@ -694,6 +694,12 @@ def test_term_amid_a_boot_ends_at_once(kiosk, catches):
     assert time.monotonic() - began < 20  # graceful_timeout is 30 s
 
 
+def test_two_signals_at_once_end_a_boot_without_a_traceback(project):
+    with Runaio(project=project, env={"KIOSK_TWICE": "1"}) as server:
+        server.wait_for_log("Shutting down: Master", SOON)
+    server.check_log()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 def test_int_and_quit_end_at_once(kiosk, number):
     server = kiosk("--workers=2")

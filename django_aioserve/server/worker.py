@@ -525,8 +525,9 @@ class RecyclingWorker(GunicornWebWorker):
         """
         self._ends_in_boot = True
         self._close_sockets()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)  # a further one would interrupt the end
+        # A further one would interrupt the end. It is blocked, not ignored: Python prints a
+        # traceback for one that came with this one and whose handler is gone when it is to run.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
         # What was being imported may have left a file open; the end closes it.
         warnings.simplefilter("ignore", ResourceWarning)
         sys.unraisablehook = _but_for_an_exit

@@ -28,6 +28,12 @@ def boot():
             time.sleep(seconds)
         except:  # noqa: E722  # as many a settings file has it
             pass
+    elif os.environ.get("KIOSK_TWICE"):  # Ctrl-C: the terminal's signal, and the arbiter's
+        signals = [signal.SIGINT, signal.SIGQUIT]
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        for number in signals:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     else:
         time.sleep(seconds)
     if os.environ.get("KIOSK_EVENTS"):
