@@ -836,7 +836,7 @@ def test_a_clock_that_jumps_a_day_replaces_nobody(kiosk, tmp_path, jump):
         load.more(500)
         tally = load.finish()
     nothing_lost(tally)
-    assert len(set(before) & set(server.workers())) == 1
+    wait_until(lambda: len(set(before) & set(server.workers())) == 1, SOON)
     assert [event["reason"] for event in events(server)] == ["surplus"]
 
 
