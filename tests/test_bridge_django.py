@@ -980,6 +980,33 @@ def test_a_stream_that_fails_later_closes_the_connection(site, bridge, kind, pat
     assert "deliberate" in caplog.text
 
 
+@pytest.mark.parametrize("error", ["exit", "interrupt", "cancelled", "connection"])
+def test_nothing_that_an_asynchronous_stream_raises_ends_more_than_it(site, kind, error, caplog):
+    server = site("django")
+    target = f"/{kind}broken-stream-async/?kind={error}"
+    with server.connect() as connection:
+        connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        connection.recv_until(b"one")
+        probe.go_on.set()
+        # No end of the body, and no other answer in the midst of it.
+        assert connection.recv_to_eof() == b"\r\n"
+    assert server.get("/hello/").status == 200
+    assert "Error in a streaming response" in caplog.text
+
+
+@pytest.mark.parametrize("error", ["exit", "500"])
+def test_a_stream_that_cannot_be_closed_ends_all_the_same(site, kind, error, caplog, signals):
+    server = site("django")
+    target = f"/{kind}endless-async/?kind={error}"
+    with server.connect() as connection:
+        connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        connection.recv_until(b"x")
+    await_event("generator closed")
+    wait_until(lambda: events("finished"))
+    assert server.get("/hello/").status == 200
+    assert "Error while closing a stream" in caplog.text
+
+
 @pytest.mark.parametrize("offset", [0, 5, 199_990])
 def test_a_file_is_sent_from_where_it_stands(site, bridge, kind, offset):
     response = site(bridge).get(f"/{kind}file/?offset={offset}")

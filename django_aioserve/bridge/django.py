@@ -870,7 +870,17 @@ class _Exchange:
         stream = aiter(response)
         unyielding = 0
         try:
-            async for chunk in stream:
+            while True:
+                try:
+                    chunk = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                except BaseException as error:
+                    if _is_ours(error):
+                        raise
+                    self._log("Error in a streaming response")
+                    reply.cut_off()
+                    return
                 if chunk:
                     await reply.write_many((chunk,))
                     unyielding += len(chunk)
@@ -878,18 +888,19 @@ class _Exchange:
                         # A stream that never waits, for a client that takes all of it.
                         unyielding = 0
                         await asyncio.sleep(0)
-        except ConnectionError:
-            raise
-        except Exception:  # noqa: BLE001 - rule 9
-            self._log("Error in a streaming response")
-            reply.cut_off()
         finally:
             # The outer generator does not close the inner one, the view's, whose only name is
             # private; without this the garbage collector would do it, some time later.
             for iterator in (stream, response._iterator):  # noqa: SLF001
                 close = getattr(iterator, "aclose", None)
-                if close is not None:
+                if close is None:
+                    continue
+                try:
                     await close()
+                except BaseException as error:
+                    if _is_ours(error):
+                        raise
+                    self._log("Error while closing a stream")
 
     def _deliver(self) -> None:
         if self._gone:
@@ -1139,6 +1150,13 @@ def _is_seen(request: web.BaseRequest) -> bool:
     """Whether middleware or signal handlers of aiohttp get to see the response."""
     return isinstance(request, web.Request) and any(
         app.middlewares or app.on_response_prepare for app in request.match_info.apps
+    )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether what came out of a stream is meant for the task that sends it."""
+    return isinstance(error, GeneratorExit) or (
+        isinstance(error, asyncio.CancelledError) and _is_cancelled()
     )
 
 

@@ -152,6 +152,7 @@ ERRORS = {
     "recursion": lambda: RecursionError,
     "stop": lambda: StopIteration,
     "cancelled": lambda: asyncio.CancelledError,
+    "connection": lambda: ConnectionResetError("deliberate"),
 }
 
 
@@ -291,6 +292,9 @@ def endless_async(request):
                 yield b"x" * 65536
         finally:
             probe.tell("generator closed")
+            if "kind" in request.GET:
+                error = ERRORS[request.GET["kind"]]()
+                raise error
 
     return StreamingHttpResponse(generate())
 
@@ -324,7 +328,8 @@ def broken_stream_async(request):
         yield b"one"
         while not probe.go_on.is_set():
             await asyncio.sleep(0.005)
-        raise ValueError("deliberate")
+        error = ERRORS[request.GET.get("kind", "500")]()
+        raise error
 
     return StreamingHttpResponse(generate())
 
