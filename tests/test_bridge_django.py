@@ -1032,9 +1032,10 @@ def test_a_file_that_is_none_to_the_kernel_is_read_and_closed_once(site, bridge,
 # --- clients that leave -------------------------------------------------------------------
 
 
-def test_a_response_is_closed_exactly_once(site, bridge, kind):
+@pytest.mark.parametrize("path", ["told/", "wrapped-close/"])
+def test_a_response_is_closed_exactly_once(site, bridge, kind, path):
     server = site(bridge)
-    assert server.get(f"/{kind}told/").body == b"told"
+    assert server.get(f"/{kind}{path}").status == 200
     wait_until(lambda: events("closed"))
     server.get("/hello/")
     assert len(events("closed")) == 1

@@ -293,7 +293,7 @@ class _Life:
         """Whether nothing but Django itself has to do with the end of this response."""
         return (
             request_finished.receivers == self._finished
-            and type(response).close is HttpResponseBase.close
+            and _closes_plainly(response)
             # The request's own close() is one.
             and len(response._resource_closers) <= 1  # type: ignore[attr-defined]  # noqa: SLF001
             and not self._close_caches
@@ -302,10 +302,7 @@ class _Life:
     def finish(self, response: HttpResponseBase, home: Home | None) -> None:
         """Close ``response``, which sends ``request_finished``."""
         keep = home is not None and home.is_shared()
-        if (
-            request_finished.receivers == self._finished
-            and type(response).close is HttpResponseBase.close
-        ):
+        if request_finished.receivers == self._finished and _closes_plainly(response):
             closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
             for closer in closers:
                 with contextlib.suppress(Exception):
@@ -320,6 +317,11 @@ class _Life:
             return
         with keeping_connections() if keep else _NOTHING:
             response.close()
+
+
+def _closes_plainly(response: HttpResponseBase) -> bool:
+    """Whether ``close()`` is Django's own, neither overridden nor wrapped for this response."""
+    return type(response).close is HttpResponseBase.close and "close" not in vars(response)
 
 
 def known_receivers(signal: Signal, *functions: Callable[..., None]) -> list[Any] | None:

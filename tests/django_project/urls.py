@@ -36,6 +36,7 @@ TWICE = [
     ("broken-stream/", views.broken_stream),
     ("broken-stream-async/", views.broken_stream_async),
     ("told/", views.told),
+    ("wrapped-close/", views.wrapped_close),
 ]
 
 urlpatterns = [

@@ -346,6 +346,19 @@ def told(request):
     return Told("told")
 
 
+def wrapped_close(request):
+    """A response of which somebody has wrapped the method."""
+    response = hello(request)
+    close = response.close
+
+    def close_and_tell():
+        probe.tell("closed")
+        close()
+
+    response.close = close_and_tell
+    return response
+
+
 # --- only synchronous, or only asynchronous -------------------------------------------------
 
 
