@@ -640,6 +640,12 @@ def test_the_url_conf_may_be_changed_by_middleware(site, bridge):
     assert server.get("/wait/").status == 404
 
 
+def test_a_converter_sees_what_middleware_has_set(site, bridge, kind):
+    urls = {"ROOT_URLCONF": "tests.django_project.converted_urls"}
+    server = site(bridge, middleware=["tests.django_project.middleware.InTokyo"], settings=urls)
+    assert server.get(f"/{kind}moment/12/").body == b"12 Asia/Tokyo ann"
+
+
 def test_middleware_that_is_only_asynchronous_is_run(site, bridge, kind):
     server = site(bridge, middleware=["tests.django_project.middleware.OnlyAsynchronous"])
     response = server.get(f"/{kind}hello/")

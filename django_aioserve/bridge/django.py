@@ -57,7 +57,7 @@ from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, connections, reset_queries
 from django.http import HttpResponse, HttpResponseBadRequest, HttpResponseServerError
 from django.http.response import HttpResponseBase
-from django.urls import URLResolver, get_resolver, set_script_prefix
+from django.urls import URLResolver, converters, get_resolver, set_script_prefix
 from django.utils import translation
 from django.utils.functional import SimpleLazyObject
 from django.utils.module_loading import import_string
@@ -340,6 +340,8 @@ class _Forecast:
         """What was surveyed; another one asks for a new survey."""
         self._possible = False
         self._prefixed = False
+        #: Whether a path may mean something else after the middleware.
+        self._varies = False
         #: Of each view whether it is worth a home thread.
         self._asynchronous: dict[Callable[..., Any], bool] = {}
 
@@ -355,6 +357,7 @@ class _Forecast:
             self._prefixed = (
                 self._possible and is_language_prefix_patterns_used(settings.ROOT_URLCONF)[0]
             )
+            self._varies = self._possible and _has_own_converters(resolver)
         except Exception:  # noqa: BLE001 - a project's own code
             # What is wrong with the URLs Django says in answer to each request.
             self._possible = False
@@ -371,7 +374,9 @@ class _Forecast:
                     _resolve_prefixed, resolver, exchange.path_info
                 )
             else:
-                match = exchange.match = resolver.resolve(exchange.path_info)
+                match = resolver.resolve(exchange.path_info)
+                if not self._varies:
+                    exchange.match = match
         except Exception:  # noqa: BLE001 - a project's own code
             # No such page, or a converter that fails here: Django will find out by itself.
             return False
@@ -397,6 +402,18 @@ def _has_async_views(resolver: URLResolver) -> bool:
         _has_async_views(pattern)
         if isinstance(pattern, URLResolver)
         else iscoroutinefunction(pattern.callback)
+        for pattern in resolver.url_patterns
+    )
+
+
+def _has_own_converters(resolver: URLResolver) -> bool:
+    """Whether any path has a converter of the project's: it may look at what middleware sets."""
+    return any(
+        any(
+            type(converter).__module__ != converters.__name__
+            for converter in pattern.pattern.converters.values()
+        )
+        or (isinstance(pattern, URLResolver) and _has_own_converters(pattern))
         for pattern in resolver.url_patterns
     )
 

@@ -8,6 +8,7 @@ from asgiref.sync import async_to_sync, markcoroutinefunction
 from django.contrib import messages
 from django.db import transaction
 from django.http import HttpResponse
+from django.utils import timezone
 from django.utils.decorators import sync_only_middleware
 from django.utils.deprecation import MiddlewareMixin
 
@@ -87,6 +88,14 @@ class Keeping(MiddlewareMixin):
         if "keep" in request.GET:
             name = request.GET["keep"]
             probe.kept.append(getattr(request, name) if name else request)
+
+
+class InTokyo(MiddlewareMixin):
+    """Activates a time zone and says who is here."""
+
+    def process_request(self, request):
+        timezone.activate("Asia/Tokyo")
+        probe.inward.set("ann")
 
 
 class Holding(MiddlewareMixin):

@@ -346,6 +346,22 @@ def told(request):
     return Told("told")
 
 
+class MomentConverter:
+    """Says in what zone and for whom it was called."""
+
+    regex = "[0-9]+"
+
+    def to_python(self, value):
+        return f"{value} {timezone.get_current_timezone_name()} {probe.inward.get()}"
+
+    def to_url(self, value):
+        return value
+
+
+def moment(request, moment):
+    return HttpResponse(moment)
+
+
 def wrapped_close(request):
     """A response of which somebody has wrapped the method."""
     response = hello(request)
