@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import gc
 import json
 import logging
@@ -667,6 +668,145 @@ def test_a_view_may_use_timeouts_and_task_groups(site, bridge):
     server = site(bridge)
     assert server.get("/timeout/").body == b"timeout"
     assert server.get("/group/").body == b"3"
+
+
+# --- what is around Django's handler --------------------------------------------------------
+
+
+class Watched:
+    """A response that an agent watches."""
+
+    def __init__(self, chunks):
+        self.chunks = chunks
+
+    def __iter__(self):
+        for chunk in self.chunks:
+            probe.tell("chunk")
+            yield chunk
+
+    def close(self):
+        probe.tell("close")
+        self.chunks.close()
+
+
+def watch_handler(call, self, environ, start_response):
+    """Stand around ``WSGIHandler.__call__``, as monitoring agents do."""
+
+    def start(status, headers, exc_info=None):
+        probe.tell("start", status)
+        return start_response(status, [*headers, ("X-Agent", "here")], exc_info)
+
+    probe.tell("call", environ["PATH_INFO"])
+    token = probe.native.set("agent")
+    try:
+        return Watched(call(self, environ, start))
+    finally:
+        probe.native.reset(token)
+
+
+def watch_lazily(call, self, environ, start_response):
+    """The same, as a generator: nothing happens until it is iterated over."""
+    response = watch_handler(call, self, environ, start_response)
+    try:
+        yield from response
+    finally:
+        response.close()
+
+
+def refuse(call, self, environ, start_response):
+    """Answer without Django."""
+    probe.tell("call", environ["PATH_INFO"])
+    start_response("403 Not today", [("Content-Length", "2"), ("X-Agent", "here")])
+    return [b"no"]
+
+
+@pytest.fixture
+def around(django_ready, monkeypatch) -> Callable[[Any], None]:
+    """`around(agent)` has `agent` called for each call of Django's handler."""
+    from django.core.handlers.wsgi import WSGIHandler
+
+    def put(agent):
+        monkeypatch.setattr(WSGIHandler, "__call__", wrapped(agent, WSGIHandler.__call__))
+
+    return put
+
+
+def wrapped(agent, call):
+    @functools.wraps(call)
+    def wrapper(self, environ, start_response):
+        return agent(call, self, environ, start_response)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("agent", [watch_handler, watch_lazily])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("hello/", "200 OK"),
+        ("size/100000/", "200 OK"),
+        ("file/", "200 OK"),
+        ("memory-file/", "200 OK"),
+        ("stream/?fast", "200 OK"),
+        ("cookies/", "200 OK"),
+        ("status/204/", "204 No Content"),
+        ("fail/500/", "500 Internal Server Error"),
+        ("missing/", "404 Not Found"),
+    ],
+)
+def test_what_is_around_djangos_handler_sees_a_request(
+    site, bridge, kind, path, status, agent, around, signals
+):
+    plain = site(bridge).get(f"/{kind}{path}")
+    wait_until(lambda: events("finished"))
+    probe.events.clear()
+    around(agent)
+    response = site(bridge).get(f"/{kind}{path}")
+    wait_until(lambda: events("close"))
+    assert response.status == plain.status
+    assert response.body == plain.body
+    assert response.header("X-Agent") == "here"
+    assert response.header("Content-Type") == plain.header("Content-Type")
+    names = [name for name, _ in response.headers]
+    assert names.count("Set-Cookie") == [name for name, _ in plain.headers].count("Set-Cookie")
+    assert len(events("call")) == len(events("close")) == 1
+    assert events("start") == [f"start {status}"]
+    wait_until(lambda: events("finished"))
+    assert len(events("started")) == len(events("finished")) == 1
+
+
+def test_what_is_around_djangos_handler_shares_its_context(site, bridge, kind, around):
+    around(watch_handler)
+    for _ in range(2):
+        assert site(bridge).get(f"/{kind}context/").body == b"|agent"
+
+
+def test_what_is_around_djangos_handler_leaves_a_stream_asynchronous(site, kind, around):
+    around(watch_handler)
+    server = site("django")
+    with server.connect() as connection:
+        target = f"/{kind}stream-async/"
+        connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        connection.recv_until(b"one,")
+        probe.go_on.set()
+        connection.recv_until(b"0\r\n\r\n")
+    await_event("close")
+
+
+def test_what_is_around_djangos_handler_may_answer(site, bridge, kind, around):
+    around(refuse)
+    response = site(bridge).get(f"/{kind}hello/")
+    assert (response.status, response.reason, response.body) == (403, "Not today", b"no")
+    assert response.header("X-Agent") == "here"
+
+
+def test_waiting_views_hold_no_thread_with_something_around_djangos_handler(site, around):
+    around(watch_handler)
+    server = site("django", threads=1)
+    waiting = [InBackground(server, "/wait/") for _ in range(5)]
+    wait_until(lambda: len(events("waiting")) == 5)
+    probe.go_on.set()
+    assert {request.response().status for request in waiting} == {200}
 
 
 @pytest.fixture

@@ -28,6 +28,9 @@ Rules:
 8. A client that leaves cancels the asynchronous view; CancelledError then unwinds the chain.
    ``close()`` of a response is called exactly once, on a pool thread or the home thread.
 9. No exception of a view, be it SystemExit, ends anything but its request.
+10. What somebody has put around ``WSGIHandler.__call__``, as monitoring agents do, sees every
+    request: there the chain begins, and there it ends. Of the answer it sees what WSGI has:
+    status, headers and the chunks that are iterated over synchronously.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ import os
 import stat
 import sys
 import traceback
+from copy import copy
 from functools import partial
+from types import FunctionType
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from aiohttp import web
@@ -136,6 +141,7 @@ class DjangoBridge:
         replaced.resolve_request = partial(_resolve_request, handler)
         replaced.make_view_atomic = partial(_make_view_atomic, handler)
         self.handler = handler
+        self.is_wrapped = _is_wrapped()
         self.lasting: set[_Lasting] = set()
         watch_connections()
         pool.at_exit(connections.close_all)
@@ -321,7 +327,18 @@ class _Life:
 
 def _closes_plainly(response: HttpResponseBase) -> bool:
     """Whether ``close()`` is Django's own, neither overridden nor wrapped for this response."""
-    return type(response).close is HttpResponseBase.close and "close" not in vars(response)
+    kind: Any = type(response)
+    return getattr(kind, "close", None) is HttpResponseBase.close and "close" not in vars(response)
+
+
+def _is_wrapped() -> bool:
+    """Whether ``WSGIHandler.__call__`` is not Django's own any more (rule 10)."""
+    call: Any = vars(WSGIHandler)["__call__"]
+    # A wrapper may give out all else of what it wraps, its class and its code included.
+    return (
+        type(call) is not FunctionType
+        or call.__code__.co_filename != get_script_name.__code__.co_filename
+    )
 
 
 def known_receivers(signal: Signal, *functions: Callable[..., None]) -> list[Any] | None:
@@ -545,6 +562,10 @@ class _Exchange:
     _response: HttpResponseBase
     #: Django's request, until the response is closed.
     _django: DjangoRequest | None = None
+    #: By rule 10: what start_response() was given, what to iterate over and what to close.
+    _started: tuple[str, list[tuple[str, str]]] | None = None
+    _chunks: Iterable[bytes] | None = None
+    _outer: Any = None
 
     def __init__(
         self, bridge: DjangoBridge, request: web.BaseRequest, environ: dict[str, Any]
@@ -609,7 +630,7 @@ class _Exchange:
         response._handler_class = WSGIHandler  # noqa: SLF001
         try:
             if not response.streaming:
-                self._answer(response.content)
+                self._answer(response.content if self._chunks is None else b"".join(self._chunks))
             elif _is_bodiless(self._request, response.status_code):
                 self._answer(b"")
             elif getattr(response, "is_async", False):
@@ -623,7 +644,7 @@ class _Exchange:
         if self.reply is None:
             self._close_due = True
             return self._deliver
-        if self._bridge.life.ends_quickly(response):
+        if self._outer is None and self._bridge.life.ends_quickly(response):
             # So soon that it is cheaper for the loop to be woken afterwards.
             self._close()
             return self._deliver
@@ -634,6 +655,8 @@ class _Exchange:
     def _respond(self) -> Any:
         environ = self._environ
         try:
+            if self._bridge.is_wrapped:
+                return self._respond_within()
             # The prefix of a new context is "/" already.
             if environ["SCRIPT_NAME"] or settings.FORCE_SCRIPT_NAME is not None:
                 set_script_prefix(get_script_name(environ))
@@ -645,6 +668,51 @@ class _Exchange:
         except BaseException:  # noqa: BLE001 - rule 9
             self._log("Error before the request")
             return HttpResponseServerError(_ERROR)
+        return self._get_response(request)
+
+    def _respond_within(self) -> Any:
+        """Have ``WSGIHandler.__call__`` answer, with all that is around it."""
+        handler: Any = copy(self._bridge.handler)
+        found: list[Any] = []
+        keeping = contextlib.ExitStack()
+
+        def make_request(environ: dict[str, Any]) -> DjangoRequest:
+            keeping.close()
+            request = self._django = DjangoRequest(environ, self.path_info, self.match)
+            return request
+
+        def get_response(request: DjangoRequest) -> Any:
+            response = self._get_response(request)
+            found.append(response)
+            return response
+
+        handler.request_class = make_request
+        handler.get_response = get_response
+        with keeping:
+            if self.home is not None and self.home.is_shared():
+                # While request_started is sent (rule 6).
+                keeping.enter_context(keeping_connections())
+            outer = handler(self._environ, self._start_response)
+        if found:
+            response = found[0]
+            if outer is response:
+                return response
+            self._chunks = outer
+        else:
+            # It answers by itself, or calls Django only when it is iterated over.
+            self._chunks = (b"".join(outer),)
+            response = HttpResponse()
+        if hasattr(outer, "close"):
+            self._outer = outer
+        return response
+
+    def _start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        self._started = status, list(headers)
+        return _refuse_write
+
+    def _get_response(self, request: DjangoRequest) -> Any:
         try:
             return self._bridge.handler.get_response(request)
         except BaseException as error:  # noqa: BLE001 - rule 9
@@ -667,7 +735,7 @@ class _Exchange:
     def _answer(self, body: bytes) -> None:
         """Answer with ``body`` as a whole. Raises ValueError for headers that are not valid."""
         response = self._response
-        if len(body) > _WHOLE_LIMIT or _is_seen(self._request):
+        if len(body) > _WHOLE_LIMIT or self._started is not None or _is_seen(self._request):
             self._announce("")
             self.reply = BridgeResponse(
                 *self._status, self._headers, write_timeout=self._bridge.write_timeout, body=body
@@ -682,11 +750,15 @@ class _Exchange:
     def _announce(self, kind: str) -> None:
         """Settle the head of an answer of that kind. Raises ValueError as `_answer` does."""
         response = self._response
-        headers = list(response.items())
-        headers += [
-            ("Set-Cookie", morsel.output(header="")) for morsel in response.cookies.values()
-        ]
-        self._status = parse_status(f"{response.status_code} {response.reason_phrase}")
+        if self._started is not None:
+            status, headers = self._started
+        else:
+            status = f"{response.status_code} {response.reason_phrase}"
+            headers = list(response.items())
+            headers += [
+                ("Set-Cookie", morsel.output(header="")) for morsel in response.cookies.values()
+            ]
+        self._status = parse_status(status)
         self._headers, self._length = wire_headers(headers)
         self.kind = kind
 
@@ -717,10 +789,10 @@ class _Exchange:
         if count <= _SMALL_FILE:
             self._answer(file.read(count))
         elif can_send_file(self._request):
-            if not response.has_header("Content-Length"):
-                response["Content-Length"] = count
             self._file = (descriptor, offset, count)
             self._announce(_FILE)
+            if self._length is None:
+                self._headers = [*self._headers, ("Content-Length", str(count))]
         else:
             return False
         return True
@@ -747,7 +819,8 @@ class _Exchange:
         try:
             self._announce(_CHANNEL)
             left = sys.maxsize if self._length is None else self._length
-            for chunk in cast("Iterable[bytes]", self._response):
+            chunks = self._chunks
+            for chunk in cast("Iterable[bytes]", self._response) if chunks is None else chunks:
                 if not chunk:
                     continue
                 if channel is None:
@@ -777,7 +850,8 @@ class _Exchange:
     def _close(self) -> None:
         """Close Django's response, which sends request_finished, and all that goes with it."""
         try:
-            self._bridge.life.finish(self._response, self.home)
+            closing = self._response if self._outer is None else self._outer
+            self._bridge.life.finish(closing, self.home)
         except BaseException:  # noqa: BLE001 - rule 9
             self._log("Error while closing a response")
         finally:
@@ -979,6 +1053,10 @@ def _holders(item: list[Any]) -> int:
 
 _ALONE = 0
 _ALONE = _holders([object()])
+
+
+def _refuse_write(_: bytes) -> None:
+    raise RuntimeError("write() is not for what is around Django's handler here")
 
 
 def _server_error(bridge: DjangoBridge) -> BridgeResponse:
