@@ -21,6 +21,7 @@ import pytest
 from aiohttp import web
 
 from django_aioserve.bridge.body import expect_handler
+from django_aioserve.bridge.home import Homes
 from django_aioserve.bridge.stream import WINDOW
 from django_aioserve.bridge.threads import ThreadPool
 from django_aioserve.bridge.wsgi import WSGIBridge
@@ -1286,6 +1287,31 @@ def test_a_suspended_chain_is_not_resumed_behind_a_slow_synchronous_view(site):
         assert held.response().status == 200
     finally:
         views.probe.go_on.wait = real
+
+
+def test_new_requests_do_not_wait_behind_a_job_that_takes_long(django_ready):
+    async def main():
+        config = Config(threads=2)
+        pool = ThreadPool(1, 1)
+        homes = Homes(config, pool)
+        done = threading.Event()
+        try:
+            async with asyncio.timeout(10):
+                first = homes.choose()
+                for _ in range(100):  # it is known for being quick
+                    first.submit(None, lambda: None)
+                while first.load:
+                    await asyncio.sleep(0.001)
+                first.submit(None, lambda: done.wait(10) and None)
+                while homes.choose() is first:
+                    await asyncio.sleep(0.001)
+        finally:
+            done.set()
+            assert await homes.close(10)
+            pool.close()
+            assert await pool.join(10)
+
+    asyncio.run(main())
 
 
 def test_languages_do_not_mix_on_one_home_thread(site):

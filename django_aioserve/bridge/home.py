@@ -58,6 +58,11 @@ T = TypeVar("T")
 _QUICK_TURN = 0.0005
 _QUICK_QUEUE = 16
 
+#: How many seconds, and how many times as long as usual, a turn may take before new requests
+#: are kept from waiting behind it.
+_LONG_TURN = 0.005
+_MUCH_LONGER = 8
+
 #: How many greenlets a home keeps for the next requests. A new one costs four times as
 #: much, for the memory that each has mapped: 16 KiB.
 _SPARE_CHAINS = 32
@@ -188,6 +193,8 @@ class Home:
         self._owner: Guest | None = None
         #: How many seconds a turn takes, as a moving average.
         self._pace = 0.0
+        #: When the turn began that is being taken, else 0.
+        self._begun = 0.0
         self._waiting: deque[tuple[Guest | None, Work]] = deque()
         #: How many requests are between begin() and end(); changed on the home thread only.
         self._guests = 0
@@ -221,7 +228,15 @@ class Home:
         the interpreter from each other. Turns that wait for a database belong on many.
         """
         patience = self._quick_queue if self._pace < _QUICK_TURN else 1
-        return self._owner is None and self._thread.under_way < patience
+        under_way = self._thread.under_way
+        return (
+            self._owner is None and under_way < patience and (under_way == 0 or not self.is_stuck())
+        )
+
+    def is_stuck(self) -> bool:
+        """Whether what the thread is doing takes much longer than usual."""
+        begun = self._begun
+        return begun > 0 and monotonic() - begun > _LONG_TURN + _MUCH_LONGER * self._pace
 
     def submit(self, guest: Guest | None, work: Work) -> None:
         """Run ``work()`` for ``guest`` on the thread, and on the loop what it returns."""
@@ -292,11 +307,14 @@ class Home:
         if self._owner is not None and self._owner is not guest:
             self._waiting.append((guest, work))
             return
-        begun = monotonic()
-        self._perform(guest, work)
-        self._pace += (monotonic() - begun - self._pace) / 16
-        while self._owner is None and self._waiting:
-            self._perform(*self._waiting.popleft())
+        begun = self._begun = monotonic()
+        try:
+            self._perform(guest, work)
+            self._pace += (monotonic() - begun - self._pace) / 16
+            while self._owner is None and self._waiting:
+                self._perform(*self._waiting.popleft())
+        finally:
+            self._begun = 0.0
 
     def _perform(self, guest: Guest | None, work: Work) -> None:
         callback = None
@@ -346,7 +364,7 @@ class Homes:
             name = f"aioserve-home-{len(self._all) + 1}"
             self._all.append(Home(name, self._pool, self._queue_size))
             return self._all[-1]
-        best = min(self._all, key=lambda home: (home.owned, home.load))
+        best = min(self._all, key=lambda home: (home.owned, home.is_stuck(), home.load))
         if best.is_full:
             raise QueueFull
         return best
