@@ -33,8 +33,6 @@ from django_aioserve.bridge.home import (
     Home,
     Homes,
     open_caches,
-    open_connections,
-    retire,
     watch_connections,
 )
 from django_aioserve.bridge.threads import QueueFull, harmless
@@ -140,14 +138,14 @@ class State:
             raise QueueFull
         if self.guest is None:
             self.guest = Guest()
-            self._home.submit(self.guest, partial(_arrive, self._home, self.guest))
+            self._home.submit(self.guest, self._home.arrive)
             self._timer = loop.call_later(ABSENCE, self._leave_if_absent, loop)
         self._home.submit(self.guest, partial(_run, future, call))
 
     def leave(self) -> None:
         """End the stay on the home thread; what was left open there is undone."""
         if self.guest is not None and self._home is not None:
-            self._home.submit(self.guest, partial(_depart, self._home, self.guest))
+            self._home.submit(self.guest, partial(self._home.depart, self.guest))
             self.guest = None
         if self._timer is not None:
             self._timer.cancel()
@@ -201,19 +199,6 @@ def _submit_or_fail(state: State, future: Future[Any], call: Callable[[], Any]) 
         state.submit(future, call)
     except QueueFull as error:
         future.set_exception(error)
-
-
-def _arrive(home: Home, guest: Guest) -> None:
-    home.begin(guest)
-    for connection in open_connections():
-        connection.queries_log.clear()
-        retire(connection, keep=home.is_shared())
-
-
-def _depart(home: Home, guest: Guest) -> None:
-    for connection in open_connections():
-        retire(connection, keep=home.is_shared())
-    home.end(guest)
 
 
 def setup(app: web.Application) -> Shared:

@@ -954,10 +954,30 @@ def test_connections_are_closed_at_the_end_when_they_are_old(site, bridge, datab
         real(self)
 
     monkeypatch.setattr(DatabaseWrapper, "_close", close)
-    server.get("/connection/")
-    wait_until(lambda: len(closed) == 1)
-    server.get("/async-connection/")
-    wait_until(lambda: len(closed) == 2)
+    paths = ["connection/", "async-connection/", "stream-connection/", "async-stream-connection/"]
+    if bridge == "django":
+        paths += ["stream-connection/?async", "async-stream-connection/?async"]
+    for number, path in enumerate(paths, 1):
+        server.get(f"/{path}")
+        wait_until(lambda number=number: len(closed) == number, message=path)
+
+
+def test_a_transaction_of_a_stream_that_is_broken_off_is_rolled_back(
+    site, bridge, kind, database, signals
+):
+    from django.contrib.auth.models import Group
+
+    server = site(bridge, threads=1)
+    with server.connect() as connection:
+        target = f"/{kind}stream-in-transaction/"
+        connection.send(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        connection.recv_until(b"xxx")
+    wait_until(lambda: events("finished"))
+    # The next request of the same thread is not within it.
+    assert server.get("/add-group/?name=after").status == 200
+    names = set(Group.objects.values_list("name", flat=True))
+    assert "after" in names
+    assert "streamed" not in names
 
 
 @pytest.mark.parametrize("path", ["connection/", "async-connection/"])

@@ -249,13 +249,21 @@ class DjangoBridge:
         request[CANCELLABLE] = True
         if exchange.kind is _ASYNC and exchange.home is None:
             # What the stream calls synchronously needs a thread that stays.
-            self.homes.choose().take_in(exchange.context)
+            home, guest = self.homes.choose(), Guest()
+            home.take_in(guest, exchange.context)
+            try:
+                return await self._send(request, exchange)
+            finally:
+                home.let_out(guest)
         if exchange.kind is _ITERATE:
             # The chain is back from its home, which is no place for a slow iterator.
             exchange.start_iteration()
             await exchange.answered
             if exchange.reply is not None:
                 return exchange.reply
+        return await self._send(request, exchange)
+
+    async def _send(self, request: web.BaseRequest, exchange: _Exchange) -> web.StreamResponse:
         with _CancelWhenLost(request):
             try:
                 return await exchange.send(request)
@@ -309,11 +317,7 @@ class _Life:
         """Close ``response``, which sends ``request_finished``."""
         keep = home is not None and home.is_shared()
         if request_finished.receivers == self._finished and _closes_plainly(response):
-            closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
-            for closer in closers:
-                with contextlib.suppress(Exception):
-                    closer()
-            closers.clear()
+            _close_resources(response)
             response.closed = True
             for connection in open_connections():
                 retire(connection, keep=keep)
@@ -323,6 +327,15 @@ class _Life:
             return
         with keeping_connections() if keep else _NOTHING:
             response.close()
+
+
+def _close_resources(response: HttpResponseBase) -> None:
+    """Close what belongs to ``response``, as its ``close()`` does."""
+    closers = response._resource_closers  # type: ignore[attr-defined]  # noqa: SLF001
+    for closer in closers:
+        with contextlib.suppress(Exception):
+            closer()
+    closers.clear()
 
 
 def _closes_plainly(response: HttpResponseBase) -> bool:
@@ -808,10 +821,24 @@ class _Exchange:
 
     def _iterate_guest(self) -> Callback | None:
         rehome(self.context)
+        self._tend_thread()
         channel = self._consume()
         finish = None if channel is None else channel.finish(failed=self._failed)
+        self._tend_thread(closing=self._response)
         self._close_due = True
         return partial(self._iterated, finish)
+
+    def _tend_thread(self, closing: HttpResponseBase | None = None) -> None:
+        """Do for this thread's connections what the signals do for the home thread's."""
+        try:
+            if closing is not None:
+                # A transaction that an iterator has open is this thread's as well.
+                _close_resources(closing)
+            for connection in open_connections():
+                connection.queries_log.clear()
+                retire(connection, keep=False)
+        except BaseException:  # noqa: BLE001 - rule 9
+            self._log("Error at the ends of a stream")
 
     def _consume(self) -> Channel | None:
         """Send all chunks; give the channel, if any was opened."""

@@ -242,12 +242,18 @@ class Home:
         """Run ``work()`` for ``guest`` on the thread, and on the loop what it returns."""
         self._thread.submit(partial(self._take_turn, guest, work))
 
-    def take_in(self, context: contextvars.Context) -> None:
-        """Have the thread-sensitive calls out of ``context`` run on the thread."""
+    def take_in(self, guest: Guest, context: contextvars.Context) -> None:
+        """Have the thread-sensitive calls out of ``context`` run on the thread, until `let_out`."""
+        self.submit(guest, self.arrive)
         for variable, value in self._context.items():
             # What asgiref's Locals hold belongs to the thread.
             if variable.name != "asgiref.local":
                 context.run(variable.set, value)
+        context.run(GUEST.set, guest)
+
+    def let_out(self, guest: Guest) -> None:
+        """Let go of a request that was taken in."""
+        self.submit(guest, partial(self.depart, guest))
 
     def has_guests(self) -> bool:
         """Whether requests are between begin() and end(), or work is left to do."""
@@ -293,6 +299,19 @@ class Home:
         """Let go of a request; a transaction that it left open is rolled back."""
         self._guests -= 1
         guest.ended = True
+
+    def arrive(self) -> None:
+        """Begin what is no chain, as ``request_started`` does with the connections."""
+        self._guests += 1
+        for connection in open_connections():
+            connection.queries_log.clear()
+            retire(connection, keep=self.is_shared())
+
+    def depart(self, guest: Guest) -> None:
+        """End it, as ``request_finished`` does with the connections."""
+        for connection in open_connections():
+            retire(connection, keep=self.is_shared())
+        self.end(guest)
 
     def is_shared(self) -> bool:
         """Whether there is more than one guest."""

@@ -37,6 +37,8 @@ TWICE = [
     ("broken-stream-async/", views.broken_stream_async),
     ("told/", views.told),
     ("wrapped-close/", views.wrapped_close),
+    ("stream-connection/", views.stream_connection),
+    ("stream-in-transaction/", views.stream_in_transaction),
 ]
 
 urlpatterns = [

@@ -362,6 +362,32 @@ def moment(request, moment):
     return HttpResponse(moment)
 
 
+def stream_connection(request):
+    """A stream that uses the database, asynchronously or not."""
+
+    def connect():
+        connection.ensure_connection()
+        return b"connected"
+
+    def generate():
+        yield connect()
+
+    async def agenerate():
+        yield await sync_to_async(connect)()
+
+    return StreamingHttpResponse(agenerate() if "async" in request.GET else generate())
+
+
+def stream_in_transaction(request):
+    def generate():
+        with transaction.atomic():
+            Group.objects.create(name="streamed")
+            while True:
+                yield b"x" * 65536
+
+    return StreamingHttpResponse(generate())
+
+
 def wrapped_close(request):
     """A response of which somebody has wrapped the method."""
     response = hello(request)
