@@ -1124,6 +1124,12 @@ def test_a_stream_waits_for_a_client_that_does_not_read(site, bridge, kind, path
             assert server.get("/async-hello/").body == b"hello"
 
 
+@pytest.mark.parametrize(("bridge", "query"), [("wsgi", ""), ("django", ""), ("django", "?async")])
+def test_a_stream_is_closed_in_the_language_of_its_request(site, bridge, kind, query):
+    assert site(bridge).get(f"/{kind}stream-language/{query}").body == b"one"
+    await_event("closed fr")
+
+
 def test_a_stream_that_fails_at_once_is_a_500(site, bridge, kind, caplog):
     assert site(bridge).get(f"/{kind}broken-stream/").status == 500
     assert "deliberate" in caplog.text

@@ -890,6 +890,11 @@ class _Exchange:
                 self._django = None
                 _dissolve(held)
 
+    def _close_late(self) -> None:
+        # What was sent meanwhile may have run on another thread.
+        rehome(self.context)
+        self._close()
+
     def _log(self, message: str, level: int = logging.ERROR, status: int = 500) -> None:
         """Log the exception that is being handled."""
         try:
@@ -1039,7 +1044,7 @@ class _Exchange:
             self.abandon()
         elif self._close_due:
             self._close_due = False
-            close = partial(self.context.run, self._close)
+            close = partial(self.context.run, self._close_late)
             if self.home is not None:
                 self.submit(close)
                 return

@@ -38,6 +38,7 @@ TWICE = [
     ("told/", views.told),
     ("wrapped-close/", views.wrapped_close),
     ("stream-connection/", views.stream_connection),
+    ("stream-language/", views.stream_language),
     ("stream-in-transaction/", views.stream_in_transaction),
 ]
 

@@ -388,6 +388,23 @@ def stream_in_transaction(request):
     return StreamingHttpResponse(generate())
 
 
+class ToldStream(StreamingHttpResponse):
+    """A stream that tells what language is active when it is closed."""
+
+    def close(self):
+        probe.tell("closed", translation.get_language())
+        super().close()
+
+
+def stream_language(request):
+    translation.activate("fr")
+
+    async def generate():
+        yield b"one"
+
+    return ToldStream(generate() if "async" in request.GET else iter([b"one"]))
+
+
 def wrapped_close(request):
     """A response of which somebody has wrapped the method."""
     response = hello(request)
