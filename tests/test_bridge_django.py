@@ -1406,6 +1406,64 @@ def test_one_handler_may_serve_twice_and_be_called_as_well(site, app_server):
     response.close()
 
 
+@pytest.mark.parametrize("patched", ["WSGIHandler.__call__", "WSGIRequest.__init__"])
+@pytest.mark.parametrize("is_object", [False, True], ids=["function", "object"])
+def test_what_a_library_puts_around_djangos_handler_is_run(
+    site, app_server, kind, patched, is_object, monkeypatch
+):
+    # As Sentry, New Relic and Datadog do it: to the class, with a function or an object.
+    from django.core.handlers import wsgi
+
+    from django_aioserve.application import build_application
+
+    owner, name = patched.split(".")
+    original = getattr(getattr(wsgi, owner), name)
+    calls = []
+
+    @functools.wraps(original)
+    def around(*args):
+        calls.append(args)
+        return original(*args)
+
+    class Around:
+        """A proxy that looks like the function, and is bound like one."""
+
+        def __getattr__(self, name):
+            return getattr(original, name)
+
+        def __get__(self, instance, owner):
+            return functools.partial(around, instance)
+
+    monkeypatch.setattr(getattr(wsgi, owner), name, Around() if is_object else around)
+
+    async def factory():
+        return build_application(Config(), wsgi.WSGIHandler())
+
+    site()  # for its settings
+    server = app_server(factory)
+    assert server.get(f"/{kind}hello/").body == b"hello"
+    assert len(calls) == 1
+
+
+def test_a_request_class_of_the_projects_own_is_used(site, app_server, kind):
+    from django.core.handlers import wsgi
+
+    from django_aioserve.application import build_application
+
+    class Request(wsgi.WSGIRequest):
+        def __init__(self, environ):
+            super().__init__({**environ, "QUERY_STRING": "from=the-class"})
+
+    async def factory():
+        handler = wsgi.WSGIHandler()
+        handler.request_class = Request
+        return build_application(Config(), handler)
+
+    site()  # for its settings
+    server = app_server(factory)
+    assert describe(server, f"/{kind}describe/")["meta"]["QUERY_STRING"] == "from=the-class"
+
+
 def test_the_end_of_the_server_unwinds_what_is_suspended(app_server, site):
     server = site(middleware=[RECORDER], server={"shutdown_timeout": 0.01, "allow_errors": True})
     with server.connect() as connection:

@@ -55,6 +55,7 @@ from django.conf import settings
 from django.conf.urls.i18n import is_language_prefix_patterns_used
 from django.core.cache import caches, close_caches
 from django.core.cache.backends.base import BaseCache
+from django.core.handlers import wsgi
 from django.core.handlers.base import reset_urlconf
 from django.core.handlers.exception import response_for_exception
 from django.core.handlers.wsgi import WSGIHandler, WSGIRequest, get_path_info, get_script_name
@@ -141,7 +142,7 @@ class DjangoBridge:
         replaced.resolve_request = partial(_resolve_request, handler)
         replaced.make_view_atomic = partial(_make_view_atomic, handler)
         self.handler = handler
-        self.is_wrapped = _is_wrapped()
+        self.is_wrapped = not _is_djangos(vars(WSGIHandler)["__call__"])
         self.lasting: set[_Lasting] = set()
         watch_connections()
         pool.at_exit(connections.close_all)
@@ -344,16 +345,6 @@ def _closes_plainly(response: HttpResponseBase) -> bool:
     return getattr(kind, "close", None) is HttpResponseBase.close and "close" not in vars(response)
 
 
-def _is_wrapped() -> bool:
-    """Whether ``WSGIHandler.__call__`` is not Django's own any more (rule 10)."""
-    call: Any = vars(WSGIHandler)["__call__"]
-    # A wrapper may give out all else of what it wraps, its class and its code included.
-    return (
-        type(call) is not FunctionType
-        or call.__code__.co_filename != get_script_name.__code__.co_filename
-    )
-
-
 def known_receivers(signal: Signal, *functions: Callable[..., None]) -> list[Any] | None:
     """The receivers of ``signal`` if they are just these functions, else None."""
     receivers = list(signal.receivers)
@@ -521,11 +512,21 @@ def _make_view_atomic(handler: WSGIHandler, view: Any) -> Any:
 
 
 def is_plain(application: object) -> bool:
-    """Whether this is Django's own handler.
+    """Whether this is Django's own handler, and its requests are Django's own.
 
-    A subclass may override anything that this bridge leaves out.
+    A subclass may override anything that this bridge leaves out, and so may a library that
+    replaces what makes a request (Datadog). What is around ``__call__`` is seen to (rule 10).
     """
-    return type(application) is WSGIHandler
+    return (
+        type(application) is WSGIHandler
+        and application.request_class is WSGIRequest
+        and _is_djangos(WSGIRequest.__init__)
+    )
+
+
+def _is_djangos(method: object) -> bool:
+    # A wrapper may give out all else of what it wraps, its class and its code included.
+    return type(method) is FunctionType and method.__globals__ is vars(wsgi)
 
 
 def _wait_for_view(
