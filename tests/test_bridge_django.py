@@ -1528,6 +1528,12 @@ def test_a_backend_with_tenants_is_served_djangos_own_way(site, database, monkey
     assert all(event.split()[1].startswith("pool") for event in events("in", "out"))
 
 
+def test_middleware_that_keeps_the_request_on_its_thread_has_it_for_itself(site):
+    server = site(middleware=[RECORDER, "tests.django_project.thread_locals.remember"])
+    assert server.get("/async-hello/").body == b"hello"
+    assert all(event.split()[1].startswith("pool") for event in events("in", "out"))
+
+
 # --- PostgreSQL ---------------------------------------------------------------------------
 
 

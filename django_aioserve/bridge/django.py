@@ -23,7 +23,8 @@ Rules:
    that one may have a server-side cursor open. A broken one is closed at once.
 7. What else lives in a database session (``SET``, advisory locks, temporary tables) or in a
    ``threading.local`` is shared by the asynchronous requests of a home thread. Where the
-   database backend keeps a tenant in the connection, and where there is middleware that
+   database backend keeps a tenant in the connection, where a middleware keeps something of the
+   request in a ``threading.local`` of its module, and where there is middleware that
    cannot run synchronously, rule 1 holds for all requests: Django's own way.
 8. A client that leaves cancels the asynchronous view; CancelledError then unwinds the chain.
    ``close()`` of a response is called exactly once, on a pool thread or the home thread.
@@ -43,6 +44,7 @@ import logging
 import os
 import stat
 import sys
+import threading
 import traceback
 from copy import copy
 from functools import partial
@@ -372,7 +374,7 @@ class _Forecast:
         try:
             self._possible = (
                 _has_async_views(resolver)
-                and all(map(_runs_synchronously, settings.MIDDLEWARE))
+                and all(map(_fits_a_home_thread, settings.MIDDLEWARE))
                 and not _has_tenants()
             )
             self._prefixed = (
@@ -439,8 +441,15 @@ def _has_own_converters(resolver: URLResolver) -> bool:
     )
 
 
-def _runs_synchronously(middleware: str) -> bool:
-    return bool(getattr(import_string(middleware), "sync_capable", True))
+def _fits_a_home_thread(path: str) -> bool:
+    """Whether middleware runs synchronously, and keeps nothing on its thread for others to find."""
+    middleware = import_string(path)
+    if not getattr(middleware, "sync_capable", True):
+        return False
+    module = sys.modules.get(middleware.__module__)
+    # Its type, for whoever asks a lazy object for its class has it evaluated.
+    kinds = map(type, vars(module or object).values())
+    return not any(issubclass(kind, threading.local) for kind in kinds)
 
 
 def _has_tenants() -> bool:
