@@ -971,10 +971,10 @@ def test_all_workers_together_keep_within_the_budget_those_included_that_boot(ki
     budget = 420
     server = kiosk("--workers=4", f"--max-rss-total={budget}M")
     most = 0.0
-    leaking = Habit("/leak/?kb=64", think=0.02)
+    leaking = Habit("/leak/?kb=128", think=0.02)
     with Load(server.address, *[leaking] * 3) as load:
         end = time.monotonic() + SOON
-        while len(events(server)) < 12 and time.monotonic() < end:
+        while len(events(server)) < 6 and time.monotonic() < end:
             most = max(most, sum(map(resident_mib, server.workers())))
             time.sleep(0.02)
         tally = load.finish()

@@ -49,8 +49,9 @@ __all__ = ["RecyclingArbiter"]
 SPARE_SLOTS = 64
 """Slots beyond twice the workers: for workers that are still draining, and for TTIN."""
 
-BUDGET_INTERVAL = 1.0
-"""Seconds between two looks at the memory of all workers."""
+BUDGET_AHEAD = 3.0
+"""Seconds, besides those of a boot, for which the growth of the workers is reckoned with when their
+memory is looked at: that is once a second, and the old worker takes some time to leave."""
 
 HELD_SIGNALS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT),
@@ -106,7 +107,7 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         self._next_try = 0.0
         self._degraded = ""
         self._crowded = False
-        self._next_budget = 0.0
+        self._next_report = 0.0
         self._stopping = False
         self._preloaded = False
         super().__init__(app)
@@ -370,7 +371,7 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         need = self._need()
         room, whose = conf.memory_room(), "The container"
         if self.config.max_rss_total:
-            left = self.config.max_rss_total - sum(slot["rss"] for slot in self._slots.values())
+            left = self.config.max_rss_total - int(self._reckoned())
             if room is None or left < room:
                 room, whose = max(left, 0), "AIOSERVE_MAX_RSS_TOTAL"
         crowded = room is not None and room < need
@@ -389,24 +390,36 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         """Give the memory, in bytes, that one more worker is reckoned to take."""
         return max((slot["rss_at_ready"] for slot in self._slots.values()), default=0)
 
+    def _reckoned(self) -> float:
+        """Give the memory, in bytes, that all workers have when one more has booted, without it."""
+        return sum(
+            expected_rss(_sample(slot)) if self._stays(pid, slot) else self._passing(slot)
+            for pid, slot in self._slots.items()
+        )
+
+    def _passing(self, slot: Slot) -> int:
+        """Give the memory, in bytes, of a worker that boots or leaves."""
+        return self._need() if slot.state is State.BOOTING else slot["rss"]
+
+    def _stays(self, pid: int, slot: Slot) -> bool:
+        return slot.state in (State.READY, State.RETIRING) and pid not in self._told
+
     def _watch_budget(self) -> None:
         """Let the largest workers retire before all together are over their budget."""
         now = time.monotonic()
         budget = self.config.max_rss_total
-        if not budget or now < self._next_budget:
+        boots = sum(slot.state is State.BOOTING for slot in self._slots.values())
+        if not budget or now < self._next_report or boots >= self.config.max_retiring:
             return
-        self._next_budget = now + BUDGET_INTERVAL
-        staying = {
-            pid: slot
-            for pid, slot in self._slots.items()
-            if slot.state in (State.READY, State.RETIRING) and pid not in self._told
-        }
+        staying = {pid: slot for pid, slot in self._slots.items() if self._stays(pid, slot)}
         sizes = {
-            pid: (expected_rss(_sample(slot, now)), slot["rss_at_ready"])
+            pid: (expected_rss(_sample(slot, BUDGET_AHEAD)), slot["rss_at_ready"])
             for pid, slot in staying.items()
         }
+        passing = sum(self._passing(s) for pid, s in self._slots.items() if pid not in staying)
+        reserve = passing or self._next_need(staying)
         total = sum(slot["rss"] for slot in staying.values())
-        for pid in over_budget(budget - self._reserve(staying), sizes)[: self.config.max_retiring]:
+        for pid in over_budget(budget - reserve, sizes)[: self.config.max_retiring]:
             slot = staying[pid]
             young = now - slot["ready_us"] / 1e6 < self.config.min_lifetime
             if slot.state is State.READY and not young:
@@ -416,18 +429,18 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
                 )
                 if self.config.recycle_dry_run:
                     self.log.info("Worker %d would be replaced (dry run): %s", pid, text)
-                    self._next_budget = now + DRY_RUN_INTERVAL
+                    self._next_report = now + DRY_RUN_INTERVAL
                     continue
                 self._asked[pid] = text
 
-    def _reserve(self, staying: dict[int, Slot]) -> int:
-        """Give what of the budget is to be left for workers that boot, the next one at least."""
+    def _next_need(self, staying: dict[int, Slot]) -> int:
+        """Give what of the budget is to be left for the next worker that boots.
+
+        Where it never fits in, workers leave before their replacements are started (rule 2).
+        """
         need = self._need()
-        others = [slot for pid, slot in self._slots.items() if pid not in staying]
-        reserve = sum(need if slot.state is State.BOOTING else slot["rss"] for slot in others)
         least = sum(slot["rss_at_ready"] for slot in staying.values())
-        # Where it never fits in, workers leave before their replacements are started (rule 2).
-        return reserve or (need if least + need <= self.config.max_rss_total else 0)
+        return need if least + need <= self.config.max_rss_total else 0
 
     # ------------------------------------------------------------------ signals
 
@@ -554,15 +567,15 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         )
 
 
-def _sample(slot: Slot, now: float) -> Sample:
-    """Give what the scoreboard tells of a worker that is ready; the next look included."""
+def _sample(slot: Slot, more: float = 0.0) -> Sample:
+    """Give what the scoreboard tells of a worker that is ready; ``more`` seconds to its boot."""
     ready = slot["ready_us"] / 1e6
     return Sample(
         requests=slot["served"],
         rss=slot["rss"],
         rss_at_ready=slot["rss_at_ready"],
-        age=now - ready,
-        boot=ready - slot["started_us"] / 1e6 + BUDGET_INTERVAL,
+        age=time.monotonic() - ready,
+        boot=ready - slot["started_us"] / 1e6 + more,
     )
 
 
