@@ -789,6 +789,29 @@ def test_line_16_a_body_that_stalls_is_answered_with_408_and_closed(server, work
         assert connection.at_eof()
 
 
+@pytest.mark.parametrize("headers", [b"Content-Length: 100\r\n", CHUNKED])
+@pytest.mark.parametrize("begun", [b"", b"5\r\nhel", b"5\r\nhello\r\n"])
+def test_line_16_a_native_handler_waits_for_no_body_that_stalls(server, worker, headers, begun):
+    with server.connect() as connection:
+        request = post(headers, begun).replace(b"/echo/", b"/native/length/")
+        connection.send(request)
+        assert connection.read_response().status == 408
+        assert connection.at_eof()
+
+
+def test_line_16_a_native_handler_gets_a_body_that_is_slow_and_comes(server, worker):
+    with server.connect() as connection:
+        connection.send(
+            post(b"Content-Length: 20\r\n", b"x").replace(b"/echo/", b"/native/length/")
+        )
+        for _ in range(19):
+            # Longer in all than a body may stall; nothing else can be waited for.
+            time.sleep(0.1)
+            connection.send(b"x")
+        answer = connection.read_response()
+        assert (answer.status, answer.text) == (200, "20")
+
+
 def test_line_16_a_body_of_a_page_that_does_not_read_it_holds_nothing_up(server, worker):
     with server.connect() as connection:
         connection.send(
@@ -983,7 +1006,7 @@ def test_a_connection_that_was_reset_unnoticed_can_be_ended():
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
-        limits = connection_module.Limits(header_timeout=5, write_timeout=5)
+        limits = connection_module.Limits(header_timeout=5, body_timeout=5, write_timeout=5)
         front = connection_module.Front(limits, logging.getLogger("aioserve"), lambda: None)
         http = web.Server(web.Response)
         listening = await loop.create_server(

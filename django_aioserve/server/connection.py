@@ -6,7 +6,8 @@ Rules:
    sees to its end: nothing on the way of an ordinary request is done twice.
 2. A connection is *idle* while aiohttp waits for a request on it. A header that
    has begun to arrive on an idle connection is complete within ``header_timeout``.
-3. A client that takes nothing for ``write_timeout`` is cut off.
+3. A client that takes nothing for ``write_timeout`` is cut off; a body of which nothing comes
+   for ``body_timeout`` is waited for twice as long at the most, whoever reads it.
 4. After the last answer the connection is half-closed and read until the client
    closes its side (RFC 9112, section 9.6): a reset would destroy the answer.
    What arrives in that time is thrown away. So is a short body that nobody has read, and
@@ -228,6 +229,7 @@ class Limits:
     """Limits of one connection; durations in seconds, sizes in bytes."""
 
     header_timeout: float
+    body_timeout: float
     write_timeout: float
     line_size: int = 8190
     field_size: int = 8190
@@ -264,6 +266,10 @@ def require_aiohttp() -> None:
         )
 
 
+class _StalledError(web.RequestPayloadError):
+    code = HTTPStatus.REQUEST_TIMEOUT
+
+
 class Connection(web.RequestHandler):
     """aiohttp's protocol for one connection of ``front``; the rules are in the module's head."""
 
@@ -271,6 +277,7 @@ class Connection(web.RequestHandler):
         "_amid",
         "_begun",
         "_body",
+        "_body_timer",
         "_discarded",
         "_front",
         "_half_closed",
@@ -307,6 +314,7 @@ class Connection(web.RequestHandler):
         # The parts of a header that is not complete yet, while the connection is idle.
         self._begun: list[bytes] = []
         self._header_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         # None until this side has said its last word; then the count of bytes thrown away.
         self._discarded: int | None = None
@@ -325,7 +333,7 @@ class Connection(web.RequestHandler):
         self._front.connections.add(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        for timer in (self._header_timer, self._write_timer):
+        for timer in (self._header_timer, self._body_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         task = self._task_handler
@@ -408,6 +416,7 @@ class Connection(web.RequestHandler):
                     request = web.BaseRequest(message, payload, self, writer, task, loop)
                     response, lost = await self._handle_request(request, began, _answer_for_all)
                 else:
+                    self._watch_body(payload)
                     request = manager.request_factory(message, payload, self, writer, task)
                     handling = self._handle_request(request, began, manager.request_handler)
                     response, lost = await _start_task(loop, handling)
@@ -580,10 +589,7 @@ class Connection(web.RequestHandler):
         fault = cast("_ErrInfo", self._messages.pop()[0])
         if not self._body.is_eof():
             # The fault is in the body that the handler waits for.
-            error = web.RequestPayloadError(fault.message)
-            self._body.set_exception(error)
-            # aiohttp's reader, once the end of a chunk has woken it, waits on without a look.
-            self._loop.call_soon(self._body.set_exception, error)
+            self._fail_body(web.RequestPayloadError(fault.message))
         for _, payload in self._messages:
             if not payload.is_eof():
                 payload.set_exception(web.RequestPayloadError(fault.message))
@@ -594,6 +600,27 @@ class Connection(web.RequestHandler):
             self._messages.append((fault, EMPTY_PAYLOAD))
         if self._messages and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _fail_body(self, error: Exception) -> None:
+        self._body.set_exception(error)
+        # aiohttp's reader, once the end of a chunk has woken it, waits on without a look.
+        self._loop.call_soon(self._body.set_exception, error)
+
+    def _watch_body(self, body: StreamReader, arrived: int = -1) -> None:
+        """Fail a body of which nothing has come since ``arrived`` bytes of it were there.
+
+        Django's is read with a clock of its own, which is sooner. A client that may not send, for
+        what it sent is not read, does not stall.
+        """
+        transport = self.transport
+        if transport is None or body is not self._body or body.is_eof():
+            return
+        if body.total_bytes == arrived and cast("asyncio.ReadTransport", transport).is_reading():
+            self._fail_body(_StalledError("the body has stalled"))
+            return
+        self._body_timer = self._loop.call_later(
+            self._front.limits.body_timeout, self._watch_body, body, body.total_bytes
+        )
 
     def _recover(self, data: bytes) -> bool:
         """Queue the good requests that stood before the fault in the same data.

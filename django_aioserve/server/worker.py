@@ -178,6 +178,7 @@ class RecyclingWorker(GunicornWebWorker):
         self.front = front = Front(
             limits=Limits(
                 header_timeout=config.header_timeout,
+                body_timeout=config.body_timeout,
                 write_timeout=config.write_timeout,
                 line_size=_line_size(self.cfg),
                 field_size=self.cfg.limit_request_field_size or 1 << 20,

@@ -9,3 +9,9 @@ routes = web.RouteTableDef()
 async def ping(request):
     """The least a native handler can do."""
     return web.Response(text="pong")
+
+
+@routes.post("/native/length/")
+async def length(request):
+    """How long the body is."""
+    return web.Response(text=str(len(await request.read())))
