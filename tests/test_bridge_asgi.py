@@ -153,7 +153,8 @@ class OwnServer(AppServer):
         self.app = await self._factory()
         self._runner = web.AppRunner(self.app, shutdown_timeout=1.0)
         await self._runner.setup()
-        limits = Limits(self._config.header_timeout, self._config.write_timeout)
+        config = self._config
+        limits = Limits(config.header_timeout, config.body_timeout, config.write_timeout)
         front = Front(limits, logging.getLogger("front"), answered=lambda: None)
         if self._short:
             front.short_way = ShortWay(self.app[BRIDGE].handle, ())

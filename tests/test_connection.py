@@ -662,8 +662,8 @@ def test_what_is_left_of_a_request_behind_a_declined_upgrade_is_none(server, wor
 
 def test_a_connection_outlives_a_declined_upgrade_that_came_alone(server, worker):
     with server.connect() as connection:
-        for _ in range(2):
-            connection.send(PING + UPGRADE + b"\r\n")
+        for more in (UPGRADE, b""):
+            connection.send(PING + more + b"\r\n")
             answer = connection.read_response()
             assert answer.status == 200
             assert ("Connection", "close") not in answer.headers

@@ -275,6 +275,11 @@ def test_a_worker_is_reckoned_by_what_it_grows_while_a_replacement_boots():
     assert expected_rss(grown) == 170 * MIB
 
 
+def test_a_worker_that_grows_faster_of_late_is_reckoned_by_that():
+    grown = sample(rss=150 * MIB, rss_at_ready=50 * MIB, age=10.0, boot=2.0)
+    assert expected_rss(grown, rate=30.0 * MIB) == 210 * MIB
+
+
 def test_one_that_has_shrunk_is_reckoned_as_it_is():
     assert expected_rss(sample(rss=40 * MIB, rss_at_ready=50 * MIB, boot=2.0)) == 40 * MIB
 

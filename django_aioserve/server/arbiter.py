@@ -53,6 +53,9 @@ BUDGET_AHEAD = 3.0
 """Seconds, besides those of a boot, for which the growth of the workers is reckoned with when their
 memory is looked at: that is once a second, and the old worker takes some time to leave."""
 
+GROWTH_SECONDS = 0.5
+"""Seconds, at least, between two looks that tell how fast a worker grows."""
+
 HELD_SIGNALS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP),
@@ -82,6 +85,14 @@ class _Resolving(NamedTuple):
     deadline: float
 
 
+class _Grown(NamedTuple):
+    """The memory of a worker at a moment, and by how many bytes a second it had grown to it."""
+
+    at: float
+    rss: int
+    rate: float
+
+
 class RecyclingArbiter(Arbiter):  # type: ignore[misc]
     """Keeps the workers of one server; the rules are in the module's head."""
 
@@ -108,6 +119,7 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         self._degraded = ""
         self._crowded = False
         self._next_report = 0.0
+        self._grown: dict[int, _Grown] = {}
         self._stopping = False
         self._preloaded = False
         super().__init__(app)
@@ -393,9 +405,25 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
     def _reckoned(self) -> float:
         """Give the memory, in bytes, that all workers have when one more has booted, without it."""
         return sum(
-            expected_rss(_sample(slot)) if self._stays(pid, slot) else self._passing(slot)
+            self._expected(pid, slot) if self._stays(pid, slot) else self._passing(slot)
             for pid, slot in self._slots.items()
         )
+
+    def _expected(self, pid: int, slot: Slot, more: float = 0.0) -> float:
+        rate = self._grown[pid].rate if pid in self._grown else 0.0
+        return expected_rss(_sample(slot, more), rate)
+
+    def _watch_growth(self, now: float) -> None:
+        """See by how much each worker has grown of late."""
+        for pid, slot in self._slots.items():
+            last = self._grown.get(pid)
+            if last is None:
+                self._grown[pid] = _Grown(now, slot["rss"], 0.0)
+            elif now - last.at >= GROWTH_SECONDS:
+                rate = (slot["rss"] - last.rss) / (now - last.at)
+                self._grown[pid] = _Grown(now, slot["rss"], max(rate, 0.0) if last.rss else 0.0)
+        for pid in self._grown.keys() - self._slots.keys():
+            del self._grown[pid]
 
     def _passing(self, slot: Slot) -> int:
         """Give the memory, in bytes, of a worker that boots or leaves."""
@@ -408,12 +436,15 @@ class RecyclingArbiter(Arbiter):  # type: ignore[misc]
         """Let the largest workers retire before all together are over their budget."""
         now = time.monotonic()
         budget = self.config.max_rss_total
+        if not budget:
+            return
+        self._watch_growth(now)
         boots = sum(slot.state is State.BOOTING for slot in self._slots.values())
-        if not budget or now < self._next_report or boots >= self.config.max_retiring:
+        if now < self._next_report or boots >= self.config.max_retiring:
             return
         staying = {pid: slot for pid, slot in self._slots.items() if self._stays(pid, slot)}
         sizes = {
-            pid: (expected_rss(_sample(slot, BUDGET_AHEAD)), slot["rss_at_ready"])
+            pid: (self._expected(pid, slot, BUDGET_AHEAD), slot["rss_at_ready"])
             for pid, slot in staying.items()
         }
         passing = sum(self._passing(s) for pid, s in self._slots.items() if pid not in staying)

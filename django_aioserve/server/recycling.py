@@ -107,9 +107,13 @@ def decide(limits: Limits, sample: Sample) -> Reason | None:
     return None
 
 
-def expected_rss(sample: Sample) -> float:
-    """Give the memory, in bytes, of a worker when a replacement asked for now has booted."""
-    return sample.rss + max(sample.rss - sample.rss_at_ready, 0) * _ahead(sample)
+def expected_rss(sample: Sample, rate: float = 0.0) -> float:
+    """Give the memory, in bytes, of a worker when a replacement asked for now has booted.
+
+    ``rate`` is by how many bytes a second it has grown of late.
+    """
+    growth = max(sample.rss - sample.rss_at_ready, 0) * _ahead(sample)
+    return sample.rss + max(growth, rate * sample.boot)
 
 
 def _ahead(sample: Sample) -> float:
