@@ -606,11 +606,12 @@ class Connection(web.RequestHandler):
         # aiohttp's reader, once the end of a chunk has woken it, waits on without a look.
         self._loop.call_soon(self._body.set_exception, error)
 
-    def _watch_body(self, body: StreamReader, arrived: int = -1) -> None:
+    def _watch_body(self, body: StreamReader, arrived: int | None = None) -> None:
         """Fail a body of which nothing has come since ``arrived`` bytes of it were there.
 
-        Django's is read with a clock of its own, which is sooner. A client that may not send, for
-        what it sent is not read, does not stall.
+        Django's, and an ASGI application's, is read with a clock of its own: so that this one is
+        never sooner it looks twice. A client that may not send, for what it sent is not read,
+        does not stall.
         """
         transport = self.transport
         if transport is None or body is not self._body or body.is_eof():
@@ -618,8 +619,9 @@ class Connection(web.RequestHandler):
         if body.total_bytes == arrived and cast("asyncio.ReadTransport", transport).is_reading():
             self._fail_body(_StalledError("the body has stalled"))
             return
+        known = -1 if arrived is None else body.total_bytes
         self._body_timer = self._loop.call_later(
-            self._front.limits.body_timeout, self._watch_body, body, body.total_bytes
+            self._front.limits.body_timeout, self._watch_body, body, known
         )
 
     def _recover(self, data: bytes) -> bool:

@@ -252,16 +252,18 @@ class RecyclingWorker(GunicornWebWorker):
         self._rss_at_ready = resident_memory()
         when = conf.import_dotted(config.recycle_when) if config.recycle_when else None
         self.limits = recycling.draw(config, random.random, when)
+        if self.slot is not None:
+            self.slot["rss"] = self.slot["rss_at_ready"] = self._rss_at_ready
+            self.slot["ready_us"] = int(self._ready * 1e6)
+            self.slot["state"] = State.READY
         self.log.info(
             "Worker %d is ready: boot %.2f s, %d MiB",
             self.pid,
             self._ready - self._spawned,
             self._rss_at_ready >> 20,
         )
+        # What the arbiter does about it comes behind that line in the log.
         if self.slot is not None:
-            self.slot["rss"] = self.slot["rss_at_ready"] = self._rss_at_ready
-            self.slot["ready_us"] = int(self._ready * 1e6)
-            self.slot["state"] = State.READY
             self._wake_arbiter()
 
     async def _beat_until_leave(self) -> None:
